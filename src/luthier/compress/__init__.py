@@ -1,0 +1,1 @@
+"""A model → a smaller, faster one."""

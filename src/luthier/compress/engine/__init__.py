@@ -1,0 +1,1 @@
+"""Everything of compression that needs torch or gguf."""

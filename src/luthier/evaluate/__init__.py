@@ -1,0 +1,1 @@
+"""Models and held-out examples → scores, comparisons and parity."""

@@ -1,0 +1,1 @@
+"""Everything of evaluation that needs torch."""

@@ -1,0 +1,1 @@
+"""One way to ask any model: a local engine, an OpenAI-compatible endpoint, the scripted model of the tests."""

@@ -1,0 +1,1 @@
+"""The nouns of Luthier: frozen records without input or output."""

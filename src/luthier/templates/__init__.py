@@ -1,0 +1,1 @@
+"""The renderer: examples → messages (handlebars) → tokens and loss mask (chat formats)."""

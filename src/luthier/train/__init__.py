@@ -1,0 +1,1 @@
+"""Examples → a tuned model: a pure plan, and an engine (torch)."""

@@ -1,0 +1,1 @@
+"""Everything of training that needs torch."""

@@ -1,0 +1,1 @@
+"""The Python API: one function per thing that a user can do."""
