@@ -64,7 +64,10 @@ class SplitReport(Record):
 
 
 class DatasetVersion(Record):
-    """An immutable version of a dataset; ``content_hash`` covers every example with its split."""
+    """An immutable version of a dataset.
+
+    ``content_hash`` covers every example with its side of the split; ``folder`` is the key of its artifact.
+    """
 
     name: str
     version: int
@@ -72,6 +75,7 @@ class DatasetVersion(Record):
     fields: tuple[str, ...]
     examples: int
     content_hash: str
+    folder: str
     source: str
     created_at: datetime
     parent: int | None = None

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -57,12 +57,11 @@ class ChatFormat:
     """How one base model writes a conversation. Make it with :meth:`load`."""
 
     tokenizer: Tokenizer
-    template: str
+    template: Template
     special_tokens: dict[str, str]
     stop_tokens: frozenset[int]
     context_length: int
     pad_token: int
-    _environment: ImmutableSandboxedEnvironment = field(repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> ChatFormat:
@@ -94,12 +93,11 @@ class ChatFormat:
         pad = tokenizer.token_to_id(special["pad_token"]) if "pad_token" in special else None
         return cls(
             tokenizer=tokenizer,
-            template=_template_source(folder, tokenizer_config),
+            template=_compile(_template_source(folder, tokenizer_config), folder),
             special_tokens=special,
             stop_tokens=frozenset(stop_tokens),
             context_length=int(config.get("max_position_embeddings") or 2048),
             pad_token=pad if pad is not None else min(stop_tokens),
-            _environment=_sandbox(),
         )
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -109,7 +107,7 @@ class ChatFormat:
             InputError: the chat template refuses the messages (roles that do not alternate, say).
         """
         try:
-            return self._environment.from_string(self.template).render(
+            return self.template.render(
                 messages=[{"role": message.role, "content": message.content} for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
@@ -183,6 +181,13 @@ def _stop_tokens(tokenizer: Tokenizer, special: dict[str, str], *configs: dict[s
     if "eos_token" in special and (token := tokenizer.token_to_id(special["eos_token"])) is not None:
         stops.add(token)
     return stops
+
+
+def _compile(source: str, folder: Path) -> Template:
+    try:
+        return _sandbox().from_string(source)
+    except TemplateError as error:
+        raise InputError(f"The chat template in {folder} does not parse: {error}") from error
 
 
 def _sandbox() -> ImmutableSandboxedEnvironment:

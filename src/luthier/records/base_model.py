@@ -1,0 +1,80 @@
+"""Base models: what is known of one before it is fetched, and what was fetched."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field
+
+from luthier.records.record import Record
+
+
+class CatalogueEntry(Record):
+    """A model that Luthier knows by a short name.
+
+    ``source`` is ``wheel:<package>==<version>/<path in the wheel>`` or ``hub:<owner>/<model>``. ``sha256`` is the
+    hash of the fetched file where it is fixed here. ``restriction`` says in plain words what the licence forbids;
+    None means that commercial use is free.
+    """
+
+    id: str
+    source: str
+    sha256: str | None = None
+    licence: str
+    restriction: str | None = None
+    parameters: int
+    context_length: int
+    chat_format: str
+    note: str = ""
+
+
+class BaseModelInfo(Record):
+    """A base model in the cache, converted once to safetensors.
+
+    ``sha256`` is the hash of its weights file list (see :func:`luthier.store.artifacts.folder_hash`), and names
+    the model in the record of everything that is trained from it. ``served`` says whether it has a GGUF form.
+    """
+
+    id: str
+    source: str
+    licence: str
+    restriction: str | None = None
+    architecture: str
+    parameters: int
+    context_length: int
+    chat_format: str
+    sha256: str
+    folder: str
+    pulled_at: datetime
+
+
+class Machine(Record):
+    """What the machine has, as far as plans and choices depend on it. Rates are measured, in FLOP per second."""
+
+    cores: int = Field(ge=1)
+    memory_bytes: int
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    device_name: str = ""
+    has_fast_bfloat16: bool
+    matmul_flops: float
+
+
+class ModelShape(Record):
+    """The sizes of a decoder that decide its memory and arithmetic, read from its ``config.json``."""
+
+    layers: int
+    width: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    context_length: int
+    parameters: int
+
+    @property
+    def linear_parameters(self) -> int:
+        """The parameters that every token is multiplied with, without embeddings and head."""
+        head_width = self.width // self.heads
+        attention = self.width * head_width * (2 * self.heads + 2 * self.key_heads)
+        return self.layers * (attention + 3 * self.width * self.intermediate)

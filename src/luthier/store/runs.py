@@ -1,0 +1,204 @@
+"""The queue: runs with leases, and the events that they leave.
+
+A run is taken by one owner at a time: taking and renewing are single transactions, so that two servers on one
+database never run the same job. An owner that does not renew its lease, or is seen to be dead, loses the run to
+the next one, which goes on from the run's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from luthier.errors import ConflictError, NotFoundError
+from luthier.records.run import FINISHED, EventLevel, Run, RunEvent, RunKind, RunRequest, RunStatus
+from luthier.store.database import Database
+from luthier.store.tables import run_events, runs
+
+MAX_ATTEMPTS = 3
+TIMES = ("created_at", "started_at", "finished_at", "lease_until")
+
+
+class RunStore:
+    """Runs and their events in the database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, run_id: str, kind: RunKind, config: dict[str, Any]) -> Run:
+        """Put a run into the queue."""
+        row = {"id": run_id, "kind": kind, "status": "queued", "config": config, "attempts": 0}
+        with self._database.write() as connection:
+            connection.execute(sa.insert(runs).values(**row, created_at=time.time()))
+        return self.get(run_id)
+
+    def get(self, run_id: str) -> Run:
+        """Return a run.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        with self._database.read() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().first()
+        if row is None:
+            raise NotFoundError(f"There is no run {run_id!r}.", hint="luthier run list")
+        return _run(row)
+
+    def all(self, *, status: RunStatus | None = None, limit: int = 100) -> list[Run]:
+        """Return runs, the newest first."""
+        query = sa.select(runs).order_by(runs.c.created_at.desc(), runs.c.id).limit(limit)
+        if status:
+            query = query.where(runs.c.status == status)
+        with self._database.read() as connection:
+            return [_run(row) for row in connection.execute(query).mappings()]
+
+    def claim(
+        self, owner: str, lease_seconds: float, is_dead: Callable[[str], bool], run_id: str | None = None
+    ) -> Run | None:
+        """Take the oldest run that waits, or whose owner is gone; None where there is none.
+
+        A run whose owners died :data:`MAX_ATTEMPTS` times is marked as failed instead of being taken again.
+        """
+        query = sa.select(runs).where(runs.c.status.in_(("queued", "running"))).order_by(runs.c.created_at)
+        if run_id:
+            query = query.where(runs.c.id == run_id)
+        with self._database.write() as connection:
+            for row in connection.execute(query).mappings().all():
+                if row["status"] == "running" and row["lease_until"] > time.time() and not is_dead(row["owner"]):
+                    continue
+                if row["attempts"] >= MAX_ATTEMPTS:
+                    message = f"The process that ran it died {MAX_ATTEMPTS} times."
+                    _finish(connection, row["id"], "failed", error=message)
+                    continue
+                _take(connection, row, owner, lease_seconds)
+                taken = connection.execute(sa.select(runs).where(runs.c.id == row["id"])).mappings().one()
+                return _run(taken)
+        return None
+
+    def renew(self, run_id: str, owner: str, lease_seconds: float) -> RunRequest | None:
+        """Prolong a lease and return what a person asked of the run meanwhile.
+
+        Raises:
+            ConflictError: the run belongs to another owner by now; the caller must stop.
+        """
+        with self._database.write() as connection:
+            mine = (runs.c.id == run_id) & (runs.c.owner == owner) & (runs.c.status == "running")
+            changed = connection.execute(sa.update(runs).where(mine).values(lease_until=time.time() + lease_seconds))
+            if changed.rowcount == 0:
+                raise ConflictError(f"Run {run_id} is not held by {owner} any more.")
+            return connection.execute(sa.select(runs.c.request).where(runs.c.id == run_id)).scalar()
+
+    def finish(
+        self,
+        run_id: str,
+        owner: str,
+        status: RunStatus,
+        *,
+        result: dict[str, Any] | None = None,
+        error: str | None = None,
+    ) -> None:
+        """End a run that this owner holds (``paused`` ends the hold, not the run).
+
+        Raises:
+            ConflictError: the run belongs to another owner by now.
+        """
+        with self._database.write() as connection:
+            held_by = connection.execute(sa.select(runs.c.owner).where(runs.c.id == run_id)).scalar()
+            if held_by != owner:
+                raise ConflictError(f"Run {run_id} is not held by {owner} any more.")
+            _finish(connection, run_id, status, result=result, error=error)
+
+    def request(self, run_id: str, request: RunRequest) -> Run:
+        """Ask a run to pause or cancel: at once where nothing runs it, else at its next safe point.
+
+        Raises:
+            NotFoundError: there is none of that id.
+            ConflictError: it is finished already.
+        """
+        run = self.get(run_id)
+        with self._database.write() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().one()
+            if row["status"] in FINISHED:
+                raise ConflictError(f"Run {run_id} has already {row['status']}.")
+            if row["status"] == "running":
+                connection.execute(sa.update(runs).where(runs.c.id == run_id).values(request=request))
+            else:
+                _finish(connection, run_id, "cancelled" if request == "cancel" else "paused")
+        return self.get(run.id)
+
+    def requeue(self, run_id: str) -> Run:
+        """Put a paused, failed or cancelled run back into the queue; it goes on from its last checkpoint.
+
+        Raises:
+            NotFoundError: there is none of that id.
+            ConflictError: it has succeeded.
+        """
+        run = self.get(run_id)
+        if run.status == "succeeded":
+            raise ConflictError(f"Run {run_id} has already succeeded.")
+        if run.status in ("paused", "failed", "cancelled"):
+            fresh = {"status": "queued", "request": None, "error": None, "attempts": 0, "finished_at": None}
+            with self._database.write() as connection:
+                connection.execute(sa.update(runs).where(runs.c.id == run_id).values(**fresh))
+        return self.get(run_id)
+
+    def add_event(
+        self,
+        run_id: str,
+        message: str,
+        *,
+        type: str = "message",
+        level: EventLevel = "info",
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Append an event to a run's history."""
+        last = sa.select(sa.func.coalesce(sa.func.max(run_events.c.sequence), 0)).where(run_events.c.run_id == run_id)
+        row = {"run_id": run_id, "level": level, "type": type, "message": message, "data": data or {}}
+        with self._database.write() as connection:
+            sequence = connection.execute(last).scalar_one() + 1
+            connection.execute(sa.insert(run_events).values(**row, sequence=sequence, created_at=time.time()))
+
+    def events(self, run_id: str, *, after: int = 0, type: str | None = None) -> list[RunEvent]:
+        """Return a run's events behind a sequence number, the oldest first."""
+        query = sa.select(run_events).where(run_events.c.run_id == run_id, run_events.c.sequence > after)
+        if type:
+            query = query.where(run_events.c.type == type)
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(run_events.c.sequence)).mappings().all()
+        return [RunEvent.model_validate({**row, "created_at": _moment(row["created_at"])}) for row in rows]
+
+
+def _take(connection: sa.Connection, row: sa.RowMapping, owner: str, lease_seconds: float) -> None:
+    now = time.time()
+    values = {"status": "running", "owner": owner, "lease_until": now + lease_seconds, "error": None}
+    connection.execute(
+        sa.update(runs)
+        .where(runs.c.id == row["id"])
+        .values(**values, attempts=row["attempts"] + 1, started_at=row["started_at"] or now)
+    )
+
+
+def _finish(
+    connection: sa.Connection,
+    run_id: str,
+    status: RunStatus,
+    *,
+    result: dict[str, Any] | None = None,
+    error: str | None = None,
+) -> None:
+    values = {"status": status, "result": result, "error": error, "owner": None, "lease_until": None, "request": None}
+    finished_at = time.time() if status in FINISHED else None
+    connection.execute(sa.update(runs).where(runs.c.id == run_id).values(**values, finished_at=finished_at))
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _run(row: sa.RowMapping | dict[str, Any]) -> Run:
+    times = {key: _moment(row[key]) if row[key] is not None else None for key in TIMES}
+    return Run.model_validate({**row, **times})

@@ -1,0 +1,42 @@
+"""The store: everything that outlives a process, below one home folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.store.artifacts import Artifacts
+from luthier.store.database import Database
+from luthier.store.datasets import DatasetStore
+from luthier.store.evaluations import EvaluationStore
+from luthier.store.models import ModelStore
+from luthier.store.runs import RunStore
+from luthier.store.templates import TemplateStore
+
+
+class Store:
+    """The database and the artifacts of one home.
+
+    Args:
+        home: The folder that holds ``luthier.db`` and ``artifacts/``; made when missing.
+    """
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.home = home
+        self.database = Database(f"sqlite:///{home / 'luthier.db'}")
+        self.artifacts = Artifacts(home / "artifacts")
+        self.datasets = DatasetStore(self.database, self.artifacts)
+        self.templates = TemplateStore(self.database)
+        self.models = ModelStore(self.database, self.artifacts)
+        self.runs = RunStore(self.database)
+        self.evaluations = EvaluationStore(self.database)
+
+    def run_folder(self, run_id: str) -> Path:
+        """Return the folder of a run's own files (log, checkpoints, TensorBoard events); made when missing."""
+        folder = self.home / "runs" / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def close(self) -> None:
+        """Close the database."""
+        self.database.close()

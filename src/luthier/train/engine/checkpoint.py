@@ -1,0 +1,98 @@
+"""Checkpoints: all that a run needs to go on as if nothing had happened, in safetensors and JSON.
+
+A checkpoint is a folder that appears whole: it is written beside its place and renamed. It holds the adapter, the
+optimizer's two moments, the random state, and the step; the position in the data follows from step and seed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.errors import ConflictError
+
+LATEST = "latest"
+BEST = "best"
+TENSORS = "state.safetensors"
+STATE = "state.json"
+RANDOM = "random"
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Save the state of a run as its latest checkpoint; the one before is replaced only once this one is whole."""
+    tensors = {RANDOM: torch.get_rng_state()}
+    for name, parameter in trainable(model).items():
+        tensors[f"weight/{name}"] = parameter.detach().cpu()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}/{name}"] = value.detach().cpu()
+    staged = _fresh(folder / f".{LATEST}")
+    save_file(tensors, staged / TENSORS)
+    (staged / STATE).write_text(json.dumps(state))
+    _replace(staged, folder / LATEST)
+
+
+def load_checkpoint(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> dict[str, Any] | None:
+    """Restore the latest checkpoint into a model and its optimizer; return its state, None where there is none.
+
+    Raises:
+        ConflictError: the checkpoint belongs to other data or other options.
+    """
+    latest = folder / LATEST
+    if not (latest / STATE).is_file():
+        return None
+    state: dict[str, Any] = json.loads((latest / STATE).read_text())
+    if state["fingerprint"] != fingerprint:
+        raise ConflictError(
+            "The checkpoint of this run was made with other examples or options, so it cannot go on from it.",
+            hint="start a new run",
+        )
+    tensors = load_file(latest / TENSORS)
+    for name, parameter in trainable(model).items():
+        parameter.data.copy_(tensors[f"weight/{name}"])
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
+        optimizer.state[parameter] = {
+            key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
+        }
+    torch.set_rng_state(tensors[RANDOM])
+    return state
+
+
+def save_best(folder: Path, model: Any, base: str) -> None:
+    """Save the adapter as the best so far, in PEFT's own files; ``base`` is written as the model that it belongs to."""
+    staged = _fresh(folder / f".{BEST}")
+    model.save_pretrained(staged)
+    config = json.loads((staged / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base
+    config["target_modules"] = sorted(config["target_modules"])
+    (staged / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    (staged / "README.md").unlink(missing_ok=True)
+    _replace(staged, folder / BEST)
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _replace(staged: Path, target: Path) -> None:
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    staged.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

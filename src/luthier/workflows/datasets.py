@@ -1,0 +1,87 @@
+"""Datasets: import a file, divide it, look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from luthier.errors import InputError
+from luthier.ingest.formats import detect_format
+from luthier.ingest.importing import import_examples
+from luthier.ingest.splitting import assign_splits
+from luthier.records.dataset import DatasetVersion, SplitConfig, SplitReport
+from luthier.records.example import Example, SplitName
+from luthier.store.store import Store
+
+OnProgress = Callable[[int, int], None]
+
+
+def import_dataset(
+    store: Store,
+    path: Path,
+    name: str,
+    *,
+    kind: Literal["csv", "jsonl", "chat"] | None = None,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> DatasetVersion:
+    """Import a CSV or JSONL file as a new version of a dataset; nothing is left behind where that fails.
+
+    Args:
+        store: Where it is kept.
+        path: The file.
+        name: The dataset's name.
+        kind: How to read it; detected where not given, like ``encoding`` and ``delimiter``.
+        encoding: The text encoding.
+        delimiter: What separates the columns of a CSV file.
+        on_progress: Hears of bytes done and in all.
+
+    Raises:
+        InputError: the file cannot be read, or no row of it can be taken.
+    """
+    found = detect_format(path, kind=kind, encoding=encoding, delimiter=delimiter)
+    return store.datasets.add(
+        name,
+        "chat" if found.kind == "chat" else "fields",
+        str(path),
+        lambda write: import_examples(path, found, write, on_progress=on_progress),
+    )
+
+
+def split_dataset(store: Store, reference: str, config: SplitConfig) -> DatasetVersion:
+    """Divide a dataset into train, validation and test; the result is a new version.
+
+    Raises:
+        NotFoundError: there is no such dataset.
+        InputError: the label field is unknown, or there are too few examples.
+    """
+    dataset = store.datasets.get(reference)
+    sides, report = assign_splits(store.datasets.examples(dataset), config)
+
+    def fill(write: Callable[[Example], None]) -> SplitReport:
+        for example in store.datasets.with_splits(dataset, sides):
+            write(example)
+        return report
+
+    return store.datasets.add(dataset.name, dataset.kind, dataset.source, fill, parent=dataset)
+
+
+def side(store: Store, dataset: DatasetVersion, split: SplitName) -> list[Example]:
+    """Return the examples of one side.
+
+    Raises:
+        InputError: the dataset is not divided yet, or the side is empty.
+    """
+    if dataset.split is None:
+        raise InputError(
+            f"The dataset {dataset.reference} is not divided into train, validation and test.",
+            hint=f"luthier dataset split {dataset.name}",
+        )
+    examples = list(store.datasets.examples(dataset, split))
+    if not examples and split != "validation":
+        raise InputError(
+            f"The {split} side of {dataset.reference} is empty.", hint="divide it again with a larger share"
+        )
+    return examples

@@ -1,0 +1,290 @@
+"""Evaluation: the base, the base with its best few-shot prompt, and the tuned model on the same held-out examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from luthier.errors import InputError
+from luthier.evaluate.bootstrap import paired_difference
+from luthier.evaluate.contest import answers_of
+from luthier.evaluate.engine.scoring import score_answers
+from luthier.evaluate.few_shot import candidates, choose, with_shots
+from luthier.evaluate.labels import label_set
+from luthier.evaluate.metrics import score
+from luthier.jobs.context import RunContext
+from luthier.jobs.launch import OnEvent, follow, submit
+from luthier.llm.engine.torch_model import Precision, measure_machine
+from luthier.llm.local import LocalModel
+from luthier.records.completion import Sampling
+from luthier.records.dataset import DatasetVersion
+from luthier.records.evaluation import Answer, Difference, Evaluation, FewShotChoice, TaskKind
+from luthier.records.example import Conversation, Message, SplitName
+from luthier.records.model import TunedModel
+from luthier.records.record import Record
+from luthier.store.store import Store
+from luthier.templates.chat_format import ChatFormat
+from luthier.templates.renderer import TemplateRenderer
+from luthier.workflows.datasets import side
+from luthier.workflows.models import served_folder
+from luthier.workflows.training import finished_result
+
+BASE, FEW_SHOT, TUNED = "base", "few_shot", "tuned"
+ROOM_FOR_A_CHATTY_LABEL = 12  # tokens beside the label, for a model that answers in a sentence
+MAX_TEXT_TOKENS = 512
+MAIN_METRIC: dict[TaskKind, str] = {"label": "macro_recall", "text": "rouge_l"}
+
+
+class EvaluateRequest(Record):
+    """What to evaluate: a tuned model (its base, dataset and template are known), or a base on a dataset.
+
+    ``validation_examples`` are asked for each few-shot candidate; ``perplexity_examples`` are scored in torch.
+    """
+
+    model: str | None = None
+    base: str | None = None
+    dataset: str | None = None
+    template: str | None = None
+    few_shot: bool = True
+    max_examples: int = Field(500, ge=2)
+    validation_examples: int = Field(60, ge=1)
+    perplexity_examples: int = Field(200, ge=0)
+    resamples: int = Field(2000, ge=100)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """Everything that a request names, looked up and rendered."""
+
+    request: EvaluateRequest
+    base: str
+    tuned: TunedModel | None
+    dataset: DatasetVersion
+    template: str | None
+    train: list[Conversation]
+    validation: list[Conversation]
+    held_out: list[Conversation]
+    task: TaskKind
+    labels: tuple[str, ...]
+    sampling: Sampling
+
+
+def evaluate_model(store: Store, request: EvaluateRequest, on_event: OnEvent | None = None) -> Evaluation:
+    """Evaluate in a process of its own; return scores, differences with intervals, and keep every answer.
+
+    Raises:
+        RunStopped: the run was paused or cancelled.
+        LuthierError: the run failed; the message is its own.
+    """
+    run = follow(store, submit(store, "evaluate", request.model_dump(mode="json")).id, on_event)
+    return store.evaluations.get(finished_result(store, run.id)["evaluation"])
+
+
+def execute(context: RunContext) -> dict[str, Any]:
+    """Carry out an evaluation run."""
+    started = time.monotonic()
+    store = context.store
+    contest = _prepare(store, EvaluateRequest.model_validate(context.run.config))
+    given: dict[str, list[Answer]] = {}
+    shots: dict[str, tuple[Message, ...]] = {BASE: ()}
+    choice: FewShotChoice | None = None
+    base = LocalModel(served_folder(store, contest.base), contest.base)
+    try:
+        with context.stage("base model"):
+            given[BASE] = _ask(context, contest, BASE, base)
+        if contest.request.few_shot and contest.train:
+            with context.stage("few-shot prompt"):
+                choice = _choose_shots(context, contest, base)
+                shots[FEW_SHOT] = choice.shots
+            with context.stage("base model with few-shot prompt"):
+                given[FEW_SHOT] = _ask(context, contest, FEW_SHOT, base, choice.shots)
+    finally:
+        base.close()
+    if contest.tuned:
+        with context.stage("tuned model"):
+            tuned = LocalModel(served_folder(store, contest.tuned.name), contest.tuned.name)
+            try:
+                given[TUNED] = _ask(context, contest, TUNED, tuned)
+            finally:
+                tuned.close()
+            shots[TUNED] = ()
+    with context.stage("perplexity"):
+        given = {name: _with_logprobs(store, contest, name, given[name], shots[name]) for name in given}
+    with context.stage("intervals"):
+        evaluation = _evaluation(context, contest, given, choice, time.monotonic() - started)
+    store.evaluations.add(evaluation, [answer for answers in given.values() for answer in answers])
+    return {"evaluation": evaluation.id}
+
+
+def _prepare(store: Store, request: EvaluateRequest) -> _Contest:
+    tuned = store.models.get(request.model) if request.model else None
+    base = tuned.base if tuned else request.base
+    reference = request.dataset or (tuned.dataset if tuned else None)
+    if base is None or reference is None:
+        raise InputError(
+            "An evaluation needs a tuned model, or a base model and a dataset.",
+            hint="luthier evaluate ft:…   or   luthier evaluate --base smollm2-135m --dataset NAME --template NAME",
+        )
+    dataset = store.datasets.get(reference)
+    if request.template or not tuned:
+        template = store.templates.get(request.template) if request.template else None
+    else:
+        template = tuned.template
+    renderer = TemplateRenderer(template.template if template else None, dataset.fields)
+
+    def conversations(split: SplitName) -> list[Conversation]:
+        return [renderer.conversation(example) for example in side(store, dataset, split)]
+
+    train, validation, held_out = conversations("train"), conversations("validation"), conversations("test")
+    labels = label_set([conversation.answer for conversation in [*train, *held_out]])
+    chat_format = ChatFormat.load(store.models.base_folder(store.models.base(base)))
+    return _Contest(
+        request=request,
+        base=base,
+        tuned=tuned,
+        dataset=dataset,
+        template=template.reference if template else None,
+        train=train,
+        validation=(validation or train)[: request.validation_examples],
+        held_out=held_out[: request.max_examples],
+        task="label" if labels else "text",
+        labels=tuple(labels or ()),
+        sampling=Sampling(max_tokens=_answer_room(chat_format, train, bool(labels)), temperature=0.0),
+    )
+
+
+def _answer_room(chat_format: ChatFormat, train: Sequence[Conversation], is_label_task: bool) -> int:
+    """Return how many tokens an answer may take: a label in a sentence, or half as long again as any known answer."""
+    longest = max(len(chat_format.encode(answer)) for answer in {conversation.answer for conversation in train})
+    if is_label_task:
+        return longest + ROOM_FOR_A_CHATTY_LABEL
+    return min(MAX_TEXT_TOKENS, int(longest * 1.5) + 8)
+
+
+def _ask(
+    context: RunContext, contest: _Contest, name: str, model: LocalModel, shots: tuple[Message, ...] = ()
+) -> list[Answer]:
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        context.stop_if_asked()
+        if time.monotonic() - last > 0.5 or done == total:
+            last = time.monotonic()
+            context.progress(f"{name}: {done}/{total} answers", done, total)
+
+    return answers_of(
+        name,
+        model,
+        contest.held_out,
+        contest.sampling,
+        contest.task,
+        contest.labels,
+        shots=shots,
+        on_progress=progress,
+    )
+
+
+def _choose_shots(context: RunContext, contest: _Contest, base: LocalModel) -> FewShotChoice:
+    tried = candidates(contest.train, contest.task, contest.labels, contest.request.seed)
+    choice = choose(
+        base,
+        tried,
+        contest.validation,
+        contest.sampling,
+        contest.task,
+        contest.labels,
+        MAIN_METRIC[contest.task],
+        on_progress=lambda done, total: context.progress(f"few-shot prompts: {done}/{total}", done, total),
+    )
+    context.say(
+        f"Best of {len(tried)} few-shot prompts on {choice.validation_examples} validation examples", data=choice.tried
+    )
+    return choice
+
+
+def _with_logprobs(
+    store: Store, contest: _Contest, name: str, answers: list[Answer], shots: tuple[Message, ...]
+) -> list[Answer]:
+    """Return the answers with the expected answer's log-probability, on as many as the request says."""
+    count = min(contest.request.perplexity_examples, len(answers))
+    if count == 0:
+        return answers
+    base_folder = store.models.base_folder(store.models.base(contest.base))
+    adapter: Path | None = None
+    if name == TUNED and contest.tuned:
+        adapter = store.models.artifact_folder(contest.tuned.artifacts["adapter"])
+    chat_format = ChatFormat.load(base_folder)
+    prompts, expected = [], []
+    for conversation in contest.held_out[:count]:
+        prompt = with_shots(conversation.prompt, shots)
+        rendered = chat_format.render([*prompt, Message(role="assistant", content=conversation.answer)])
+        start = rendered.prompt_tokens
+        prompts.append(rendered.tokens[:start])
+        expected.append(
+            [t for t, learned in zip(rendered.tokens[start:], rendered.loss_mask[start:], strict=True) if learned]
+        )
+    precision: Precision = "bfloat16" if measure_machine().has_fast_bfloat16 else "float32"
+    scored = score_answers(base_folder, adapter, prompts, expected, precision)
+    filled = [
+        answer.model_copy(update={"expected_logprob": sum(one.logprobs or ()), "expected_tokens": len(one.chosen)})
+        for answer, one in zip(answers[:count], scored, strict=True)
+    ]
+    return filled + answers[count:]
+
+
+def _evaluation(
+    context: RunContext,
+    contest: _Contest,
+    given: dict[str, list[Answer]],
+    choice: FewShotChoice | None,
+    seconds: float,
+) -> Evaluation:
+    scores = {name: score(answers, contest.task, contest.labels) for name, answers in given.items()}
+    pairs = [(TUNED, BASE), (TUNED, FEW_SHOT), (FEW_SHOT, BASE)]
+    differences = {
+        f"{better}_minus_{worse}": _differences(contest, given[better], given[worse], scores[better].metrics)
+        for better, worse in pairs
+        if better in given and worse in given
+    }
+    return Evaluation(
+        id=context.run.id,
+        task=contest.task,
+        metric=MAIN_METRIC[contest.task],
+        labels=contest.labels,
+        dataset=contest.dataset.reference,
+        dataset_hash=contest.dataset.content_hash,
+        template=contest.template,
+        base=contest.base,
+        model=contest.tuned.name if contest.tuned else None,
+        examples=len(contest.held_out),
+        scores=scores,
+        differences=differences,
+        few_shot=choice,
+        seconds=seconds,
+        created_at=datetime.now(UTC),
+    )
+
+
+def _differences(
+    contest: _Contest, better: list[Answer], worse: list[Answer], metrics: dict[str, float]
+) -> dict[str, Difference]:
+    return {
+        metric: paired_difference(
+            better,
+            worse,
+            metric,
+            contest.task,
+            contest.labels,
+            resamples=contest.request.resamples,
+            seed=contest.request.seed,
+        )
+        for metric in metrics
+    }

@@ -1,0 +1,224 @@
+"""Base models and tuned models: pull, list, describe, export."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from luthier.errors import CapacityError, ConflictError, InputError, LuthierError, MissingDependencyError
+from luthier.llm.catalogue import CATALOGUE, find, restriction_of
+from luthier.llm.fetch import OnBytes, fetch
+from luthier.records.base_model import BaseModelInfo, CatalogueEntry, ModelShape
+from luthier.records.model import Artifact, TunedModel, folder_name
+from luthier.records.record import content_hash
+from luthier.store.artifacts import file_hashes
+from luthier.store.store import Store
+from luthier.templates.chat_format import ChatFormat
+
+ExportFormat = Literal["adapter", "merged", "gguf-q8_0", "gguf-f16"]
+EXPORT_FORMATS: tuple[ExportFormat, ...] = ("adapter", "merged", "gguf-q8_0", "gguf-f16")
+GGUF_FILE = "model.gguf"
+OnStage = Callable[[str], None]
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """Return the base models that are known by a short name."""
+    return list(CATALOGUE.values())
+
+
+def pull(store: Store, name: str, on_bytes: OnBytes | None = None, on_stage: OnStage | None = None) -> BaseModelInfo:
+    """Fetch a base model, check it, convert it once, and cache it; a second call returns at once.
+
+    Args:
+        store: Where it is kept.
+        name: A name of the catalogue, a hub id, or a local folder.
+        on_bytes: Hears of bytes done and in all.
+        on_stage: Hears what is being done.
+
+    Raises:
+        NotFoundError: the name means nothing, or cannot be reached.
+        IntegrityError: the bytes are not those that the catalogue names; nothing is cached.
+        InputError: the weights' format can run code, or the chat format is unusable.
+    """
+    entry = find(name)
+    known = {info.id: info for info in store.models.bases()}
+    if entry.id in known and store.models.base_folder(known[entry.id]).is_dir():
+        return known[entry.id]
+    say = on_stage or (lambda _: None)
+    key = f"bases/{folder_name(entry.id)}/model"
+    store.artifacts.remove(key)  # what an earlier pull left without a record
+    with store.artifacts.new(key) as folder:
+        say(f"Fetching {entry.source}")
+        fetch(entry, folder, on_bytes)
+        _convert(folder, say)
+        ChatFormat.load(folder)
+    folder = store.artifacts.path(key)
+    info = _describe(entry, key, folder)
+    say("Making the GGUF form for serving")
+    _base_gguf(store, info)
+    store.models.add_base(info)
+    return info
+
+
+def shape(folder: Path, parameters: int) -> ModelShape:
+    """Read the sizes of a decoder from its folder."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        layers=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        heads=heads,
+        key_heads=config.get("num_key_value_heads", heads),
+        vocabulary=config["vocab_size"],
+        context_length=config["max_position_embeddings"],
+        parameters=parameters,
+    )
+
+
+def served_folder(store: Store, name: str) -> Path:
+    """Return the folder from which a base or tuned model is served: a GGUF file with its chat format.
+
+    Raises:
+        NotFoundError: there is no model of that name.
+        InputError: the base model has no GGUF form.
+    """
+    if name.startswith("ft:"):
+        return store.models.artifact_folder(store.models.get(name).artifacts["gguf-q8_0"])
+    info = store.models.base(name)
+    folder = _base_gguf_folder(store, info)
+    if not (folder / GGUF_FILE).is_file():
+        raise InputError(
+            f"The base model {name!r} ({info.architecture}) has no GGUF form, so it cannot be served here."
+        )
+    return folder
+
+
+def export(store: Store, name: str, form: ExportFormat, destination: Path) -> Artifact:
+    """Copy one form of a tuned model to an empty or new folder; a GGUF in float16 is made on first use.
+
+    Raises:
+        NotFoundError: there is no such model.
+        ConflictError: the destination holds something already.
+        IntegrityError: the stored files are not the recorded ones.
+    """
+    import shutil
+
+    model = store.models.get(name)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConflictError(f"{destination} exists and is not an empty folder.", hint="choose another --to")
+    if form not in model.artifacts:
+        model = _add_form(store, model, form)
+    artifact = model.artifacts[form]
+    folder = store.models.artifact_folder(artifact, check=True)
+    try:
+        shutil.copytree(folder, destination, dirs_exist_ok=True)
+    except OSError as error:
+        raise CapacityError(f"{destination} could not be written: {error}") from error
+    return artifact
+
+
+def make_gguf(store: Store, name: str, form: Literal["gguf-q8_0", "gguf-f16"], merged: Path) -> Artifact:
+    """Make a GGUF form of a tuned model from its merged folder."""
+    from luthier.compress.engine.gguf import write_gguf
+
+    def fill(folder: Path) -> None:
+        write_gguf(merged, folder / GGUF_FILE, "q8_0" if form == "gguf-q8_0" else "f16", name)
+        _copy_chat_format(merged, folder)
+
+    return store.models.add_artifact(name, form, fill)
+
+
+def _add_form(store: Store, model: TunedModel, form: ExportFormat) -> TunedModel:
+    if form != "gguf-f16":
+        raise InputError(f"{model.name} has no form {form!r}; it has {', '.join(model.artifacts)}.")
+    merged = store.models.artifact_folder(model.artifacts["merged"])
+    artifact = make_gguf(store, model.name, form, merged)
+    updated = model.model_copy(update={"artifacts": {**model.artifacts, form: artifact}})
+    store.models.update(updated)
+    return updated
+
+
+def _convert(folder: Path, say: OnStage) -> None:
+    gguf_files = sorted(folder.glob("*.gguf"))
+    if any(folder.glob("*.safetensors")) or not gguf_files:
+        return
+    say(f"Converting {gguf_files[0].name} to safetensors (once)")
+    try:
+        from luthier.llm.engine.convert import convert_gguf
+    except ImportError as error:
+        raise MissingDependencyError("Converting a model needs torch.", hint="pip install 'luthier[local]'") from error
+    convert_gguf(gguf_files[0])
+
+
+def _describe(entry: CatalogueEntry, key: str, folder: Path) -> BaseModelInfo:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    licence = entry.licence if entry.licence != "unknown" else _licence_of_card(folder)
+    hashes = {name: sha for name, sha in file_hashes(folder).items() if name.endswith((".safetensors", ".json"))}
+    return BaseModelInfo(
+        id=entry.id,
+        source=entry.source,
+        licence=licence,
+        restriction=entry.restriction or restriction_of(licence),
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        parameters=entry.parameters or _count_parameters(folder),
+        context_length=config.get("max_position_embeddings") or entry.context_length,
+        chat_format=entry.chat_format,
+        sha256=content_hash(hashes),
+        folder=key,
+        pulled_at=datetime.now(UTC),
+    )
+
+
+def _licence_of_card(folder: Path) -> str:
+    card = folder / "README.md"
+    match = (
+        re.search(r"^license:\s*([\w.-]+)", card.read_text("utf-8")[:4000], re.MULTILINE) if card.is_file() else None
+    )
+    return match.group(1) if match else "unknown"
+
+
+def _count_parameters(folder: Path) -> int:
+    """Count the numbers in all weight files, by the files' headers alone."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                size = 1
+                for length in tensor["shape"]:
+                    size *= length
+                total += size
+    return total
+
+
+def _base_gguf_folder(store: Store, info: BaseModelInfo) -> Path:
+    return store.artifacts.path(f"bases/{folder_name(info.id)}/gguf-q8_0")
+
+
+def _base_gguf(store: Store, info: BaseModelInfo) -> None:
+    """Make a base model's GGUF form; a model that has none stays usable for training and export."""
+    from luthier.compress.engine.gguf import write_gguf
+
+    if _base_gguf_folder(store, info).exists():
+        store.artifacts.remove(f"bases/{folder_name(info.id)}/gguf-q8_0")
+    source = store.artifacts.path(info.folder)
+    try:
+        with store.artifacts.new(f"bases/{folder_name(info.id)}/gguf-q8_0") as folder:
+            write_gguf(source, folder / GGUF_FILE, "q8_0", info.id)
+            _copy_chat_format(source, folder)
+    except CapacityError:
+        raise
+    except LuthierError:
+        return
+
+
+def _copy_chat_format(source: Path, destination: Path) -> None:
+    from luthier.llm.engine.torch_model import copy_tokenizer
+
+    copy_tokenizer(source, destination)

@@ -1,0 +1,99 @@
+"""Parity: asks the exported and the served model, and compares their answers with the adapter's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from luthier.evaluate.engine.scoring import score_answers
+from luthier.evaluate.parity import ScoredAnswer, agreement
+from luthier.llm.local import LocalModel
+from luthier.llm.model import LanguageModel
+from luthier.llm.remote import RemoteModel
+from luthier.records.completion import Completion, Sampling
+from luthier.records.example import Conversation
+from luthier.records.model import Artifact, FormParity, Parity
+from luthier.store.store import Store
+from luthier.templates.chat_format import ChatFormat
+from luthier.workflows.serving import server_process
+
+MAX_ANSWER_TOKENS = 48
+
+
+def measure_parity(
+    store: Store,
+    name: str,
+    base_folder: Path,
+    artifacts: dict[str, Artifact],
+    held_out: Sequence[Conversation],
+    limit: float,
+) -> Parity:
+    """Compare adapter, merged, GGUF and a real running server on held-out prompts at temperature 0.
+
+    Raises:
+        EngineError: a form cannot be run at all.
+    """
+    folders = {kind: store.models.artifact_folder(artifact) for kind, artifact in artifacts.items()}
+    chat_format = ChatFormat.load(folders["gguf-q8_0"])
+    prompts = [conversation.prompt for conversation in held_out]
+    exported = _ask(LocalModel(folders["gguf-q8_0"], name), prompts)
+    with server_process(store.home, {name: folders["gguf-q8_0"]}) as url:
+        served = _ask(RemoteModel(f"{url}/v1", name, "", want_logprobs=True), prompts)
+    prompt_tokens = [chat_format.prompt_tokens(prompt) for prompt in prompts]
+    answers = [_answer_tokens(completion, chat_format) for completion in exported]
+    adapter = score_answers(base_folder, folders["adapter"], prompt_tokens, answers)
+    merged = score_answers(folders["merged"], None, prompt_tokens, answers)
+    forms = (
+        agreement("merged", adapter, merged),
+        agreement("gguf", adapter, _as_scored(exported, answers)),
+        _served_parity(base_folder, folders["adapter"], chat_format, prompt_tokens, answers, adapter, served),
+    )
+    return Parity(prompts=len(prompts), answer_tokens=sum(map(len, answers)), limit=limit, forms=forms)
+
+
+def _ask(model: LanguageModel, prompts: Sequence[Sequence[object]]) -> list[Completion]:
+    try:
+        return model.answer(prompts, Sampling(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0))  # type: ignore[arg-type]
+    finally:
+        model.close()
+
+
+def _answer_tokens(completion: Completion, chat_format: ChatFormat) -> list[int]:
+    """Return an answer's tokens; where only its text came over the wire, the text's tokens and its end of turn."""
+    if completion.tokens is not None:
+        return list(completion.tokens)
+    end = [min(chat_format.stop_tokens)] if completion.finish_reason == "stop" else []
+    return [*chat_format.encode(completion.text), *end]
+
+
+def _as_scored(completions: Sequence[Completion], answers: Sequence[Sequence[int]]) -> list[ScoredAnswer]:
+    return [
+        ScoredAnswer(
+            answer, completion.logprobs if completion.logprobs and len(completion.logprobs) == len(answer) else None
+        )
+        for completion, answer in zip(completions, answers, strict=True)
+    ]
+
+
+def _served_parity(
+    base_folder: Path,
+    adapter_folder: Path,
+    chat_format: ChatFormat,
+    prompt_tokens: Sequence[Sequence[int]],
+    exported_answers: Sequence[Sequence[int]],
+    adapter: Sequence[ScoredAnswer],
+    served: Sequence[Completion],
+) -> FormParity:
+    """Score the served answers under the adapter; those equal to the exported ones are scored already."""
+    answers = [_answer_tokens(completion, chat_format) for completion in served]
+    reference = list(adapter)
+    changed = [i for i, answer in enumerate(answers) if answer != list(exported_answers[i])]
+    if changed:
+        again = score_answers(
+            base_folder, adapter_folder, [prompt_tokens[i] for i in changed], [answers[i] for i in changed]
+        )
+        for index, scored in zip(changed, again, strict=True):
+            reference[index] = scored
+    form: Literal["served"] = "served"
+    return agreement(form, reference, _as_scored(served, answers))
