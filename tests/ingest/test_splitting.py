@@ -39,7 +39,7 @@ def labelled(**counts: int) -> list[Example]:
 def test_shares_hold_exactly_where_nothing_is_alike() -> None:
     sides, report = assign_splits(labelled(a=200), SplitConfig(validation=0.1, test=0.2))
     assert Counter(sides) == report.counts == {"train": 140, "validation": 20, "test": 40}
-    assert (report.exact_duplicates, report.near_duplicates, report.label_counts) == (0, 0, {})
+    assert (report.exact_duplicates, report.near_duplicates, report.largest_group, report.label_counts) == (0, 0, 1, {})
 
 
 def test_shares_hold_for_every_label() -> None:
@@ -70,7 +70,7 @@ def test_split_keeps_exact_duplicates_on_one_side_whatever_their_label_case_and_
     config = SplitConfig(label="label", near_duplicate_similarity=None)
     sides, report = assign_splits(rows(*pairs), config)
     assert sides[0::2] == sides[1::2]
-    assert (report.exact_duplicates, report.near_duplicates) == (60, 0)
+    assert (report.exact_duplicates, report.near_duplicates, report.largest_group) == (60, 0, 2)
 
 
 def test_ids_and_ratings_do_not_make_a_copy_a_new_example() -> None:
@@ -103,19 +103,6 @@ def test_split_keeps_near_duplicates_on_one_side(words: int) -> None:
     assert abs(report.counts["test"] - 24) <= 2
 
 
-def test_texts_without_spaces_are_compared_by_their_characters() -> None:
-    letters = [chr(0x4E00 + number) for number in range(3000)]
-    texts = ["".join(random.Random(number).sample(letters, 18)) for number in range(60)]
-    sides, report = assign_splits(rows(*({"text": t} for o in texts for t in (o, o[:-1] + "々"))), SplitConfig())
-    assert report.near_duplicates >= 57
-    assert sum(one == other for one, other in zip(sides[0::2], sides[1::2], strict=True)) >= 57
-
-
-def test_sums_that_differ_in_their_sign_are_not_duplicates() -> None:
-    fields = [{"text": f"{number * 13} {sign} {number * 17 + 1}"} for number in range(50) for sign in "+*"]
-    assert assign_splits(rows(*fields), SplitConfig())[1].near_duplicates == 0
-
-
 def test_shared_instruction_does_not_make_all_conversations_alike() -> None:
     system = Message(role="system", content="Classify the sentiment of this tweet. " + text(1, 60))
     examples = [
@@ -140,6 +127,7 @@ def test_group_larger_than_the_test_share_goes_to_train() -> None:
     sides, report = assign_splits(examples, SplitConfig())
     assert set(sides[:30]) == {"train"}
     assert report.counts == {"train": 80, "validation": 10, "test": 10}
+    assert report.largest_group == 30
 
 
 def test_large_groups_still_leave_every_side_of_a_label_an_example() -> None:

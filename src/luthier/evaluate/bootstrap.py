@@ -4,8 +4,8 @@ In: the answers of two contestants to the same examples. Out: :class:`~luthier.r
 
 The examples are drawn anew, with replacement, many times; each time both contestants are scored on the same draw, so
 that what makes an example hard for both cancels out (Koehn, "Statistical significance tests for machine translation
-evaluation", 2004, section 3). The interval is the percentile one (Efron and Tibshirani, "An Introduction to the
-Bootstrap", 1993, section 13.3). It speaks of examples like these only: not of another seed of training, nor of other data.
+evaluation", 2004). The interval is the percentile one (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
+section 13.3). It speaks of other examples like these, not of another seed of training or other data.
 
 A draw is a count per example, so a metric on R draws is one matrix product of counts and statistics
 (see :mod:`luthier.evaluate.metrics`).

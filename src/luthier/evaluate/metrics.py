@@ -10,6 +10,7 @@ is 1 or more and less is better.
 Dimensions in array names: N answers, R samples of them, K statistics, L labels, O n-gram orders.
 """
 
+# ruff: noqa: N803 (names of arrays end in their dimensions)
 from __future__ import annotations
 
 import re
@@ -211,8 +212,8 @@ def _bleu(sums_RK: Floats) -> Floats:
     matches_RO, totals_RO = sums_RK[:, 2 : 2 + NGRAM_ORDERS], sums_RK[:, 2 + NGRAM_ORDERS :]
     missing_RO = matches_RO == 0
     smoothed_RO = np.where(missing_RO, 0.5 ** missing_RO.cumsum(axis=1), matches_RO)
-    defined_R = matches_RO.any(axis=1) & (totals_RO > 0).all(axis=1)
-    precisions_RO = np.where(defined_R[:, None], _ratio(smoothed_RO, totals_RO), 1.0)
+    defined_R = np.asarray(matches_RO.any(axis=1) & (totals_RO > 0).all(axis=1))
+    precisions_RO = np.where(defined_R.reshape(-1, 1), _ratio(smoothed_RO, totals_RO), 1.0)
     brevity_R = np.minimum(0.0, 1 - _ratio(references_R, lengths_R))
     return np.where(defined_R, np.exp(brevity_R + np.log(precisions_RO).mean(axis=1)), 0.0)
 
@@ -271,8 +272,9 @@ def _rows(rows: Sequence[Sequence[Any]], width: int) -> Floats:
 
 def _ratio(above: Floats, below: Floats) -> Floats:
     """Divide; NaN where there is nothing to divide by."""
-    result = np.full(np.broadcast_shapes(above.shape, below.shape), np.nan)
-    return np.divide(above, below, out=result, where=below > 0)
+    result = np.full(above.shape, np.nan)
+    np.divide(above, below, out=result, where=below > 0)
+    return result
 
 
 def _mean_where(values_RL: Floats, chosen_RL: npt.NDArray[np.bool_]) -> Floats:

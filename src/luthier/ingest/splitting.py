@@ -3,11 +3,8 @@
 In: examples and a :class:`~luthier.records.dataset.SplitConfig`. Out: a side for each example, in order, and a report.
 
 1. *Contents.* What is compared is the text of an example without its label, in lower case and with white space folded.
-   The first rows decide which fields are text (an id or a rating does not make a copy a new example) and which runs of
-   words are an instruction that many examples share, and which says nothing about their likeness.
-2. *Groups.* Equal contents are one group, and so are contents with alike sets of word shingles: MinHash signatures
-   (Broder, "On the resemblance and containment of documents", 1997) are banded for candidates (Leskovec, Rajaraman,
-   Ullman, "Mining of Massive Datasets", section 3.4), which their estimated Jaccard similarity confirms.
+   The first rows decide which fields are text (an id or a rating does not make a copy a new example).
+2. *Groups.* Equal contents are one group, and so are contents that :mod:`luthier.ingest.near_duplicates` finds alike.
 3. *Sides.* Groups are ranked by a seeded hash of their contents and fill the shares of each label.
 
 One pass over the examples; 16 bytes and one signature (256 bytes) are kept for each different content, not its text.
@@ -16,7 +13,6 @@ One pass over the examples; 16 bytes and one signature (256 bytes) are kept for 
 from __future__ import annotations
 
 import re
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,35 +22,28 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from luthier.errors import InputError, did_you_mean
+from luthier.ingest.near_duplicates import (
+    PERMUTATIONS,
+    SIGNATURE_BYTES,
+    Shingling,
+    Signatures,
+    choose_shingling,
+    group_near_duplicates,
+    signature,
+)
 from luthier.records.dataset import SplitConfig, SplitReport
 from luthier.records.example import Example, SplitName
 from luthier.records.record import canonical_json
 
 SIDES: tuple[SplitName, ...] = ("train", "validation", "test")
-PERMUTATIONS = 128
-SIGNATURE_BYTES = 2 * PERMUTATIONS
-BAND_RECALL = 0.99
-WINDOW = 8
-PAIRS_AT_ONCE = 1 << 16
-SHINGLES_AT_ONCE = 1 << 12
 PROGRESS_ROWS = 1_000
 SAMPLE_ROWS = 1_000
 SAMPLE_CHARS = 2_000_000
-COMMON_SHARE = 0.2
-COMMON_EXAMPLES = 20
 MAX_FIELD_NAMES = 1_000
 MESSAGES = "\0messages"
 
-Hashes = npt.NDArray[np.uint64]
-Indices = npt.NDArray[np.int64]
-Signatures = npt.NDArray[np.uint16]
-
-# Letters of scripts without spaces are words of their own; signs of arithmetic and code tell "3 + 4" from "3 * 4".
-_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[+*/=<>^%|]")
 _LETTERS = re.compile(r"[^\W\d_]+")
 
 
@@ -84,7 +73,7 @@ def assign_splits(
             "together they must be less than 1."
         )
     contents = _read_contents(examples, config, on_progress)
-    roots = _join_near_duplicates(contents.take_signatures(), config.near_duplicate_similarity, len(contents.keys))
+    roots = _roots(contents, config.near_duplicate_similarity)
     groups = _groups(contents, roots, config.seed)
     _check_enough(contents, groups, shares)
     side_of = _place_groups(groups, shares)
@@ -114,11 +103,10 @@ class _Contents:
 
 @dataclass(frozen=True)
 class _View:
-    """What counts as content: the fields compared (None: all), words per shingle, and runs of words to ignore."""
+    """What counts as content: the fields compared (None: all), and how their text is cut into shingles."""
 
     fields: frozenset[str] | None
-    shingle_words: int
-    common_runs: Hashes
+    shingling: Shingling
 
 
 def _read_contents(
@@ -130,10 +118,10 @@ def _read_contents(
     sample = _take_sample(rows)
     view = _choose_view([_texts(example, config.label) for example in sample])
     for number, example in enumerate(chain(sample, rows), 1):
-        texts = _compared(_texts(example, config.label), view)
+        texts = _compared(_texts(example, config.label), view.fields)
         content = contents.keys.setdefault(_key(texts), len(contents.keys))
         if config.near_duplicate_similarity is not None and content * SIGNATURE_BYTES == len(contents.signature_bytes):
-            contents.signature_bytes += _signature(_shingles(" ".join(texts.values()), view)).tobytes()
+            contents.signature_bytes += signature(" ".join(texts.values()), view.shingling).tobytes()
         label = labels.read(example, number)
         contents.of_row.append(content)
         contents.label_of_row.append(contents.labels.setdefault(label, len(contents.labels)))
@@ -172,26 +160,21 @@ def _key(texts: Mapping[str, str]) -> bytes:
     return blake2b(canonical_json(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _compared(texts: Mapping[str, str], view: _View) -> dict[str, str]:
-    if view.fields is None:
+def _compared(texts: Mapping[str, str], fields: frozenset[str] | None) -> dict[str, str]:
+    if fields is None:
         return dict(texts)
-    chosen = {name: text for name, text in texts.items() if name in view.fields}
+    chosen = {name: text for name, text in texts.items() if name in fields}
     return chosen if any(chosen.values()) else dict(texts)
 
 
 def _choose_view(sample: Sequence[Mapping[str, str]]) -> _View:
-    nothing = np.empty(0, np.uint64)
     fields = _text_fields(sample)
     everything = {_key(texts) for texts in sample}
-    different = {_key(_compared(texts, _View(fields, 1, nothing))) for texts in sample}
+    different = {_key(_compared(texts, fields)) for texts in sample}
     # Where the text hardly differs (one question, two numbers), the other fields are what makes an example.
     if len(different) * 5 < len(everything):
         fields = None
-    joined = {" ".join(_compared(texts, _View(fields, 1, nothing)).values()) for texts in sample}
-    words = [_word_hashes(text) for text in joined]
-    common = _common_runs(words)
-    lengths = sorted(len(_without_runs(hashes, common)) for hashes in words)
-    return _View(fields, _shingle_words(lengths[len(lengths) // 2] if lengths else 0), common)
+    return _View(fields, choose_shingling({" ".join(_compared(texts, fields).values()) for texts in sample}))
 
 
 def _text_fields(sample: Sequence[Mapping[str, str]]) -> frozenset[str] | None:
@@ -207,151 +190,14 @@ def _is_text(text: str) -> bool:
     return len(_LETTERS.findall(text)) >= 2 and (" " in text or (len(text) >= 10 and not text.isascii()))
 
 
-def _shingle_words(median_words: int) -> int:
-    """Return how many words make a shingle: so few that one word changed in ten leaves two texts alike (0.8)."""
-    if median_words < 20:
-        return 1
-    return 2 if median_words < 30 else 3
-
-
-def _common_runs(texts: Sequence[Hashes]) -> Hashes:
-    """Return the runs of three words that more than a fifth of the different texts share, sorted."""
-    counts: Counter[int] = Counter()
-    for hashes in texts:
-        counts.update(np.unique(_runs(hashes, 3)).tolist())
-    least = max(COMMON_SHARE * len(texts), COMMON_EXAMPLES)
-    return np.array(sorted(run for run, count in counts.items() if count > least), np.uint64)
-
-
-# Shingles and signatures
-
-
-def _mix(values: Hashes) -> Hashes:
-    """Scatter 64-bit values (the finalizer of SplitMix64; Steele, Lea, Flood 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-_FACTORS = _mix(np.arange(1, PERMUTATIONS + 1, dtype=np.uint64)) | np.uint64(1)
-_OFFSETS = _mix(np.arange(1_001, PERMUTATIONS + 1_001, dtype=np.uint64))
-
-
-def _word_hashes(text: str) -> Hashes:
-    words = _WORD.findall(text) or [text]
-    codes = (zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words)
-    return np.fromiter(codes, np.uint64, len(words))
-
-
-def _runs(words: Hashes, length: int) -> Hashes:
-    """Return a hash of each run of ``length`` words; a shorter text is one run."""
-    length = min(length, len(words))
-    count = len(words) - length + 1
-    runs = words[:count]
-    for offset in range(1, length):
-        runs = _mix(runs) + words[offset : offset + count]
-    return runs
-
-
-def _without_runs(words: Hashes, common: Hashes) -> Hashes:
-    """Leave out the words of common runs, unless nothing else is there."""
-    if not len(common) or len(words) < 3:
-        return words
-    runs = _runs(words, 3)
-    places = np.searchsorted(common, runs).clip(max=len(common) - 1)
-    starts = np.flatnonzero(common[places] == runs)
-    kept = np.ones(len(words), bool)
-    for offset in range(3):
-        kept[starts + offset] = False
-    return words[kept] if kept.any() else words
-
-
-def _shingles(text: str, view: _View) -> Hashes:
-    """Return the shingles as a set of hashes; a shingle met again is another member, so "no no" is not "no"."""
-    runs = np.sort(_runs(_without_runs(_word_hashes(text), view.common_runs), view.shingle_words))
-    positions = np.arange(len(runs), dtype=np.uint64)
-    first = np.concatenate(([True], runs[1:] != runs[:-1]))
-    repeats = positions - np.maximum.accumulate(np.where(first, positions, np.uint64(0)))
-    return _mix(_mix(runs) + repeats)
-
-
-def _signature(shingles: Hashes) -> Signatures:
-    """Return the MinHash signature: for each of 128 hash functions, the low 16 bits of its least value.
-
-    Sixteen bits agree by chance once in 65,536 (b-bit minwise hashing; Li and König 2010): more functions in the same
-    memory estimate the similarity better.
-    """
-    least = np.full(PERMUTATIONS, 0xFFFFFFFF, np.uint64)
-    for start in range(0, len(shingles), SHINGLES_AT_ONCE):
-        part = shingles[start : start + SHINGLES_AT_ONCE, None]
-        least = np.minimum(least, ((part * _FACTORS + _OFFSETS) >> np.uint64(32)).min(axis=0))
-    return least.astype(np.uint16)
-
-
-# Near duplicates
-
-
-def _join_near_duplicates(signatures: Signatures, similarity: float | None, contents: int) -> list[int]:
-    """Return for each content the first content of its group."""
-    roots = list(range(contents))
-    if similarity is not None and contents > 1:
-        # One standard error of the estimate in favour of alike: a pair kept together costs less than one torn apart.
-        least = (similarity - (similarity * (1 - similarity) / PERMUTATIONS) ** 0.5) * PERMUTATIONS
-        rows = _rows_per_band(similarity)
-        for start in range(0, PERMUTATIONS - rows + 1, rows):
-            for one, other in _alike_pairs(signatures, signatures[:, start : start + rows], least):
-                _join(roots, one, other)
-    return [_root(roots, content) for content in range(contents)]
-
-
-def _rows_per_band(similarity: float) -> int:
-    """Return the most rows of a band under which an alike pair still shares one in 99 cases of 100.
-
-    With b bands of r rows that chance is 1 - (1 - s^r)^b at similarity s.
-    """
-    for rows in range(16, 1, -1):
-        if 1 - (1 - similarity**rows) ** (PERMUTATIONS // rows) >= BAND_RECALL:
-            return rows
-    return 1
-
-
-def _alike_pairs(signatures: Signatures, band: Signatures, least: float) -> Iterator[tuple[int, int]]:
-    """Yield the pairs that agree in one band and in at least ``least`` places of the whole signature."""
-    hashes = np.zeros(len(band), np.uint64)
-    for column in band.T:
-        hashes = _mix(hashes + column)
-    order = np.argsort(hashes, kind="stable")
-    hashes = hashes[order]
-    starts = np.concatenate(([True], hashes[1:] != hashes[:-1]))
-    run_start = np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))
-    places = np.flatnonzero(~starts)
-    for offset in range(1, WINDOW):
-        near = places[places - offset >= run_start[places]]
-        yield from _confirmed(signatures, order[near], order[near - offset], least)
-    far = places[places - WINDOW >= run_start[places]]
-    yield from _confirmed(signatures, order[far], order[run_start[far]], least)
-
-
-def _confirmed(signatures: Signatures, ones: Indices, others: Indices, least: float) -> Iterator[tuple[int, int]]:
-    for start in range(0, len(ones), PAIRS_AT_ONCE):
-        one, other = ones[start : start + PAIRS_AT_ONCE], others[start : start + PAIRS_AT_ONCE]
-        alike = (signatures[one] == signatures[other]).sum(axis=1) >= least
-        yield from zip(one[alike].tolist(), other[alike].tolist(), strict=True)
-
-
-def _root(roots: list[int], content: int) -> int:
-    while roots[content] != content:
-        roots[content] = roots[roots[content]]
-        content = roots[content]
-    return content
-
-
-def _join(roots: list[int], one: int, other: int) -> None:
-    first, second = sorted((_root(roots, one), _root(roots, other)))
-    roots[second] = first
-
-
 # Groups and sides
+
+
+def _roots(contents: _Contents, similarity: float | None) -> list[int]:
+    """Return for each content the first content of its group."""
+    if similarity is None:
+        return list(range(len(contents.keys)))
+    return group_near_duplicates(contents.take_signatures(), similarity)
 
 
 class _Group(NamedTuple):
@@ -516,4 +362,5 @@ def _report(
         label_counts=label_counts if config.label else {},
         exact_duplicates=len(sides) - len(contents.keys),
         near_duplicates=len(contents.keys) - len(groups),
+        largest_group=max(group.size for group in groups),
     )

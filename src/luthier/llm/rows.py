@@ -59,9 +59,10 @@ def pack(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int)
     return [_row(examples, members, prefix) for members in bins]
 
 
-def computed_tokens(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int) -> int:
-    """Return how many tokens go through the model for these examples once packed."""
-    return sum(len(row.tokens) for row in pack(examples, prefix, tokens_per_row))
+def computed_tokens(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int, batch_size: int) -> int:
+    """Return how many tokens go through the model for these examples, packed batch by batch."""
+    batches = (examples[first : first + batch_size] for first in range(0, len(examples), batch_size))
+    return sum(len(row.tokens) for batch in batches for row in pack(batch, prefix, tokens_per_row))
 
 
 def _row(examples: Sequence[TokenizedExample], members: list[int], prefix: int) -> Row:

@@ -54,13 +54,18 @@ class SplitConfig(Record):
 
 
 class SplitReport(Record):
-    """What a split made: counts per side, per side and label, and groups of duplicates kept together."""
+    """What a split made: counts per side, per side and label, and the duplicates kept together.
+
+    ``largest_group`` is the number of examples in the largest group of duplicates; a group larger than what a
+    held-out side may take is in train.
+    """
 
     config: SplitConfig
     counts: dict[SplitName, int]
     label_counts: dict[SplitName, dict[str, int]] = Field(default_factory=dict)
     exact_duplicates: int = 0
     near_duplicates: int = 0
+    largest_group: int = 0
 
 
 class DatasetVersion(Record):

@@ -17,6 +17,11 @@ class Template(Record):
         """SHA-256 of the three texts: two equal templates have one version."""
         return content_hash(self.model_dump())
 
+    @property
+    def fixed_system(self) -> bool:
+        """Whether the system prompt is the same for every example."""
+        return self.system is not None and "{{" not in self.system
+
 
 class TemplateVersion(Record):
     """A named, numbered, immutable template."""

@@ -36,7 +36,7 @@ def plan_training(
     longest = max(len(example.tokens) for example in examples)
     resolved, steps, reasons = resolve(config, len(examples), longest, shape, machine)
     prefix = shared_prefix([*examples, *validation])
-    computed = computed_tokens(examples, prefix, resolved.tokens_per_row)
+    computed = computed_tokens(examples, prefix, resolved.tokens_per_row, resolved.batch_size)
     memory = memory_bytes(resolved, shape, _most_targets(examples, resolved))
     plan = TrainingPlan(
         examples=len(examples),

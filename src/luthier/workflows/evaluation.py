@@ -143,7 +143,7 @@ def _prepare(store: Store, request: EvaluateRequest) -> _Contest:
         return [renderer.conversation(example) for example in side(store, dataset, split)]
 
     train, validation, held_out = conversations("train"), conversations("validation"), conversations("test")
-    labels = label_set([conversation.answer for conversation in [*train, *held_out]])
+    labels = label_set([one.answer for one in held_out], [one.answer for one in train])
     chat_format = ChatFormat.load(store.models.base_folder(store.models.base(base)))
     return _Contest(
         request=request,
@@ -155,7 +155,7 @@ def _prepare(store: Store, request: EvaluateRequest) -> _Contest:
         validation=(validation or train)[: request.validation_examples],
         held_out=held_out[: request.max_examples],
         task="label" if labels else "text",
-        labels=tuple(labels or ()),
+        labels=labels,
         sampling=Sampling(max_tokens=_answer_room(chat_format, train, bool(labels)), temperature=0.0),
     )
 
@@ -288,3 +288,18 @@ def _differences(
         )
         for metric in metrics
     }
+
+
+def side_by_side(store: Store, evaluation: Evaluation, *, wrong: bool = False) -> list[dict[str, Any]]:
+    """Return expected and given answers by example; with ``wrong`` only those that the tuned model misses."""
+    rows: dict[str, dict[str, Any]] = {}
+    missed: set[str] = set()
+    for answer in store.evaluations.answers(evaluation.id):
+        row = rows.setdefault(
+            answer.example_id, {"example_id": answer.example_id, "expected": answer.expected, "answers": {}}
+        )
+        row["answers"][answer.contestant] = answer.text
+        given = answer.label if evaluation.task == "label" else answer.text.strip()
+        if answer.contestant == (TUNED if evaluation.model else BASE) and given != answer.expected.strip():
+            missed.add(answer.example_id)
+    return [row for key, row in rows.items() if not wrong or key in missed]

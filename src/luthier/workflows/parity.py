@@ -39,7 +39,7 @@ def measure_parity(
     prompts = [conversation.prompt for conversation in held_out]
     exported = _ask(LocalModel(folders["gguf-q8_0"], name), prompts)
     with server_process(store.home, {name: folders["gguf-q8_0"]}) as url:
-        served = _ask(RemoteModel(f"{url}/v1", name, "", want_logprobs=True), prompts)
+        served = _ask(RemoteModel(f"{url}/v1", name, want_logprobs=True), prompts)
     prompt_tokens = [chat_format.prompt_tokens(prompt) for prompt in prompts]
     answers = [_answer_tokens(completion, chat_format) for completion in exported]
     adapter = score_answers(base_folder, folders["adapter"], prompt_tokens, answers)

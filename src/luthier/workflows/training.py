@@ -238,7 +238,7 @@ def _parity(context: RunContext, prepared: _Prepared, name: str, artifacts: dict
     context.say("Parity measured", data=parity.model_dump(mode="json"))
     if not parity.passed:
         raise ParityError(
-            f"The forms of {name} do not agree on {request.parity_limit:.0%} of the answer tokens, so it is not registered.",
+            f"The forms of {name} agree on less than {request.parity_limit:.0%} of the tokens; it is not registered.",
             problems=[
                 f"{form.form}: {form.token_agreement:.1%} of tokens agree with the adapter" for form in parity.forms
             ],

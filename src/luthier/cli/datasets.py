@@ -1,0 +1,127 @@
+"""``luthier dataset``: import, divide, look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from luthier.cli.present import Json, console, moment, open_store, show_json, show_table
+
+app = typer.Typer(no_args_is_help=True, help="Datasets: import a file, divide it, look at it.")
+
+
+@app.command("import")
+def import_file(
+    path: Path = typer.Argument(..., help="A CSV or JSONL file (fields, or OpenAI chat messages)."),
+    name: str = typer.Option(None, "--name", "-n", help="The dataset's name; the file's name where not given."),
+    kind: str = typer.Option(None, "--format", help="csv, jsonl or chat; detected where not given."),
+    encoding: str = typer.Option(None, help="Text encoding; detected where not given."),
+    delimiter: str = typer.Option(None, help="Column separator of a CSV file; detected where not given."),
+    as_json: bool = Json,
+) -> None:
+    """Import a file as a new version of a dataset. Bad rows are left out and listed."""
+    from rich.progress import Progress
+
+    from luthier.workflows.datasets import import_dataset
+
+    with Progress(console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"Importing {path.name}", total=None)
+        dataset = import_dataset(
+            open_store(),
+            path,
+            name or path.stem,
+            kind=kind,  # type: ignore[arg-type]
+            encoding=encoding,
+            delimiter=delimiter,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if as_json:
+        show_json(dataset)
+        return
+    report = dataset.report
+    if report:
+        typer.echo(f"{dataset.reference}: {report.taken:,} examples taken, {report.left:,} rows left out.")
+        typer.echo(f"Read as {report.format.kind}, {report.format.encoding}. Fields: {', '.join(report.fields)}")
+        for row in report.bad_rows[:20]:
+            typer.secho(f"  line {row.line}: {row.reason}", fg="yellow")
+        if report.left > 20:
+            typer.echo(f"  … and {report.left - 20:,} more (luthier dataset show {dataset.reference} --json)")
+    typer.echo(f"Next: luthier dataset split {dataset.name}")
+
+
+@app.command()
+def split(
+    dataset: str = typer.Argument(..., help="A dataset: name, or name@version."),
+    validation: float = typer.Option(0.1, help="Share for choosing while training."),
+    test: float = typer.Option(0.1, help="Share that is kept for the proof."),
+    label: str = typer.Option(None, help="Keep the shares for every value of this field."),
+    seed: int = typer.Option(0, help="The same seed gives the same sides."),
+    near: float = typer.Option(0.8, help="Texts at least this similar stay on one side; 0 looks for equal ones only."),
+    as_json: bool = Json,
+) -> None:
+    """Divide a dataset into train, validation and test; duplicates stay on one side."""
+    from pydantic import ValidationError
+
+    from luthier.errors import InputError
+    from luthier.records.dataset import SplitConfig
+    from luthier.workflows.datasets import split_dataset
+
+    try:
+        config = SplitConfig(
+            validation=validation, test=test, label=label, seed=seed, near_duplicate_similarity=near or None
+        )
+    except ValidationError as error:
+        problems = [f"{e['loc'][0]} = {e['input']}: {e['msg']}" for e in error.errors()]
+        raise InputError("The split cannot be made like this.", problems=problems) from error
+    made = split_dataset(open_store(), dataset, config)
+    if as_json:
+        show_json(made)
+        return
+    assert made.split is not None  # noqa: S101 - split_dataset has just made it
+    report = made.split
+    labels = sorted({name for counts in report.label_counts.values() for name in counts})
+    rows = [
+        (side, f"{count:,}", *(f"{report.label_counts.get(side, {}).get(name, 0):,}" for name in labels[:12]))
+        for side, count in report.counts.items()
+    ]
+    show_table(made.reference, ("side", "#examples", *(f"#{name}" for name in labels[:12])), rows)
+    typer.echo(f"Kept together: {report.exact_duplicates:,} exact and {report.near_duplicates:,} near duplicates.")
+
+
+@app.command("list")
+def list_datasets(as_json: bool = Json) -> None:
+    """Show all datasets with their versions."""
+    datasets = open_store().datasets.all()
+    if as_json:
+        show_json(datasets)
+        return
+    rows = [
+        (d.reference, d.kind, f"{d.examples:,}", ", ".join(d.fields), "yes" if d.split else "no", moment(d.created_at))
+        for d in datasets
+    ]
+    show_table(None, ("dataset", "kind", "#examples", "fields", "divided", "made"), rows)
+
+
+@app.command()
+def show(
+    dataset: str,
+    rows: int = typer.Option(5, help="How many examples to show."),
+    as_json: bool = Json,
+) -> None:
+    """Show a dataset's record and its first examples."""
+    from itertools import islice
+
+    store = open_store()
+    version = store.datasets.get(dataset)
+    examples = list(islice(store.datasets.examples(version), rows))
+    if as_json:
+        show_json({"dataset": version, "examples": examples})
+        return
+    typer.echo(f"{version.reference}: {version.examples:,} examples from {version.source}")
+    typer.echo(f"content sha256 {version.content_hash}")
+    if version.split:
+        typer.echo(", ".join(f"{side}: {count:,}" for side, count in version.split.counts.items()))
+    for example in examples:
+        values = example.fields or {message.role: message.content for message in example.messages or ()}
+        show_table(f"{example.id} ({example.split or 'not divided'})", ("field", "value"), list(values.items()))

@@ -1,0 +1,145 @@
+"""``luthier evaluate`` and ``luthier evaluation``: measure models on held-out examples, and read every answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from luthier.cli.present import Json, follow_run, moment, open_store, show_json, show_table
+
+if TYPE_CHECKING:
+    from luthier.records.evaluation import Difference, Evaluation
+
+app = typer.Typer(no_args_is_help=True, help="Evaluations that were made, and every answer in them.")
+TITLES = {"base": "base model", "few_shot": "base, best few-shot prompt", "tuned": "tuned model"}
+SHOWN_METRICS = {
+    "label": ("macro_recall", "accuracy", "macro_f1", "perplexity"),
+    "text": ("rouge_l", "bleu", "exact_match", "perplexity"),
+}
+
+
+def evaluate(
+    model: str = typer.Argument(None, help="A tuned model; its base, dataset and template are known."),
+    base: str = typer.Option(None, help="A base model, where no tuned one is given."),
+    dataset: str = typer.Option(None, help="Another dataset than the one it was trained on."),
+    template: str = typer.Option(None, help="Another template than the one it was trained with."),
+    few_shot: bool = typer.Option(True, help="Let the base compete with its best few-shot prompt too."),
+    max_examples: int = typer.Option(500, help="How many held-out examples at most."),
+    as_json: bool = Json,
+) -> None:
+    """Compare base, base with its best few-shot prompt, and tuned model on the same held-out examples."""
+    from luthier.jobs.launch import submit
+    from luthier.workflows.evaluation import EvaluateRequest
+    from luthier.workflows.training import finished_result
+
+    store = open_store()
+    request = EvaluateRequest(
+        model=store.models.get(model).name if model else None,
+        base=base,
+        dataset=dataset,
+        template=template,
+        few_shot=few_shot,
+        max_examples=max_examples,
+    )
+    run = submit(store, "evaluate", request.model_dump(mode="json"))
+    follow_run(store, run.id, quiet=as_json)
+    evaluation = store.evaluations.get(finished_result(store, run.id)["evaluation"])
+    if as_json:
+        show_json(evaluation)
+    else:
+        show_evaluation(evaluation)
+        typer.echo(f"Every answer side by side: luthier evaluation answers {evaluation.id}")
+
+
+@app.command("list")
+def list_evaluations(as_json: bool = Json) -> None:
+    """Show all evaluations, the newest first."""
+    evaluations = open_store().evaluations.all()
+    if as_json:
+        show_json(evaluations)
+        return
+    rows = [
+        (e.id, e.model or e.base, e.dataset, e.examples, e.metric, _best(e), moment(e.created_at)) for e in evaluations
+    ]
+    show_table(None, ("evaluation", "model", "dataset", "#examples", "metric", "#score", "made"), rows)
+
+
+@app.command()
+def show(evaluation_id: str, as_json: bool = Json) -> None:
+    """Show an evaluation's table."""
+    evaluation = open_store().evaluations.get(evaluation_id)
+    if as_json:
+        show_json(evaluation)
+    else:
+        show_evaluation(evaluation)
+
+
+@app.command()
+def answers(
+    evaluation_id: str,
+    wrong: bool = typer.Option(False, "--wrong", help="Only examples that the tuned model has wrong."),
+    limit: int = typer.Option(20, help="How many examples."),
+    as_json: bool = Json,
+) -> None:
+    """Show the answers of all contestants side by side."""
+    from luthier.workflows.evaluation import side_by_side
+
+    store = open_store()
+    evaluation = store.evaluations.get(evaluation_id)
+    rows = side_by_side(store, evaluation, wrong=wrong)
+    if as_json:
+        show_json(rows)
+        return
+    columns = ("example", "expected", *evaluation.scores)
+    cells = [
+        (row["example_id"], row["expected"], *(row["answers"].get(name, "") for name in evaluation.scores))
+        for row in rows[:limit]
+    ]
+    show_table(f"{len(rows)} examples", columns, cells)
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print scores, differences with intervals, and for label tasks what is taken for what."""
+    metrics = [m for m in SHOWN_METRICS[evaluation.task] if any(m in s.metrics for s in evaluation.scores.values())]
+    rows = []
+    for name, scores in evaluation.scores.items():
+        to_base = evaluation.differences.get(f"{name}_minus_base", {}).get(evaluation.metric)
+        rows.append(
+            (
+                TITLES.get(name, name),
+                *(f"{scores.metrics[m]:.3f}" if m in scores.metrics else "" for m in metrics),
+                _interval(to_base),
+                f"{scores.prompt_tokens_per_request:.0f}",
+                f"{scores.seconds_per_request:.3f}",
+            )
+        )
+    title = f"{evaluation.examples} held-out examples of {evaluation.dataset}"
+    columns = ("contestant", *(f"#{m.replace('_', ' ')}" for m in metrics))
+    columns += (f"#{evaluation.metric.replace('_', ' ')} against base (95 %)", "#prompt tokens", "#seconds/request")
+    show_table(title, columns, rows)
+    to_few_shot = evaluation.differences.get("tuned_minus_few_shot", {}).get(evaluation.metric)
+    if to_few_shot:
+        typer.echo(f"Tuned against few-shot, {evaluation.metric.replace('_', ' ')}: {_interval(to_few_shot)}")
+    _show_confusion(evaluation)
+
+
+def _show_confusion(evaluation: Evaluation) -> None:
+    name = "tuned" if "tuned" in evaluation.scores else "base"
+    confusion = evaluation.scores[name].confusion
+    if not confusion or len(evaluation.labels) > 15:
+        return
+    given = sorted({label for counts in confusion.values() for label in counts})
+    rows = [(expected, *(counts.get(label, 0) for label in given)) for expected, counts in confusion.items()]
+    show_table(f"What the {TITLES[name]} answers", ("expected", *(f"#{label}" for label in given)), rows)
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
+        return "-"
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def _best(evaluation: Evaluation) -> str:
+    scores = evaluation.scores.get("tuned") or next(iter(evaluation.scores.values()))
+    return f"{scores.metrics[evaluation.metric]:.3f}"

@@ -1,0 +1,164 @@
+"""``luthier model``: fetch base models, look at tuned ones, export them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from luthier.cli.present import Json, console, moment, open_store, show_json, show_table, size
+
+app = typer.Typer(no_args_is_help=True, help="Base models and tuned models.")
+
+
+@app.command()
+def pull(
+    name: str = typer.Argument("smollm2-135m", help="A catalogue name, a hub id (owner/model), or a local folder."),
+    as_json: bool = Json,
+) -> None:
+    """Fetch a base model, check it, convert it once, and cache it."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from luthier.workflows.models import pull as pull_model
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console(stderr=True)) as progress:
+        task = progress.add_task("Looking", total=None)
+
+        def bytes_done(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total or None)
+
+        def stage(text: str) -> None:
+            progress.update(task, description=text, completed=0, total=None)
+
+        info = pull_model(open_store(), name, bytes_done, stage)
+        progress.update(task, visible=False)
+    if as_json:
+        show_json(info)
+        return
+    typer.echo(f"{info.id}: {info.parameters / 1e6:,.0f} million parameters, context {info.context_length:,} tokens.")
+    _warn(info.id, info.licence, info.restriction)
+
+
+@app.command()
+def catalogue(as_json: bool = Json) -> None:
+    """Show the base models that are known by a short name."""
+    from luthier.workflows.models import catalogue as known
+
+    entries = known()
+    if as_json:
+        show_json(entries)
+        return
+    rows = [
+        (
+            e.id,
+            f"{e.parameters / 1e6:,.0f} M",
+            f"{e.context_length:,}",
+            e.chat_format,
+            e.licence,
+            e.restriction or e.note,
+        )
+        for e in entries
+    ]
+    show_table(None, ("name", "#parameters", "#context", "chat format", "licence", "note"), rows)
+    typer.echo("Any hub id (owner/model) with safetensors weights, or a local folder, works the same way.")
+
+
+@app.command("list")
+def list_models(as_json: bool = Json) -> None:
+    """Show the base models that are here, and all tuned models."""
+    store = open_store()
+    bases, tuned = store.models.bases(), store.models.all()
+    if as_json:
+        show_json({"bases": bases, "tuned": tuned})
+        return
+    show_table(
+        "Base models",
+        ("name", "#parameters", "#context", "licence"),
+        [(b.id, f"{b.parameters / 1e6:,.0f} M", f"{b.context_length:,}", b.licence) for b in bases],
+    )
+    show_table(
+        "Tuned models",
+        ("name", "dataset", "template", "#validation loss", "#served = trained", "made"),
+        [
+            (
+                m.name,
+                m.dataset,
+                m.template.reference if m.template else "",
+                f"{m.training.best_valid_loss:.3f}" if m.training.best_valid_loss is not None else "",
+                f"{m.parity.forms[-1].token_agreement:.1%}" if m.parity else "not measured",
+                moment(m.created_at),
+            )
+            for m in tuned
+        ],
+    )
+
+
+@app.command()
+def show(name: str, as_json: bool = Json) -> None:
+    """Show everything that is recorded of a tuned model."""
+    model = open_store().models.get(name)
+    if as_json:
+        show_json(model)
+        return
+    rows: list[tuple[str, object]] = [
+        ("base", f"{model.base} (sha256 {model.base_sha256[:12]}…, {model.licence})"),
+        ("dataset", f"{model.dataset} (sha256 {model.dataset_hash[:12]}…)"),
+        ("template", model.template.reference if model.template else "the dataset holds conversations"),
+        ("run", model.run_id),
+        ("code", f"luthier {model.code_version}"),
+        ("made", moment(model.created_at)),
+    ]
+    rows += [(name, value) for name, value in model.hyperparameters.model_dump().items()]
+    rows += [(name, value) for name, value in model.training.model_dump().items()]
+    show_table(model.name, ("what", "value"), rows)
+    if model.parity:
+        show_parity(model)
+    forms = [
+        (a.kind, size(a.bytes), ", ".join(f"{n} {h[:12]}…" for n, h in a.sha256.items()))
+        for a in model.artifacts.values()
+    ]
+    show_table("Artifacts", ("form", "#size", "files (sha256)"), forms)
+
+
+@app.command()
+def export(
+    name: str,
+    form: str = typer.Option("gguf-q8_0", "--form", help="adapter, merged, gguf-q8_0 or gguf-f16"),
+    to: Path = typer.Option(..., "--to", help="A new or empty folder."),
+) -> None:
+    """Copy one form of a tuned model to a folder: for PEFT, transformers, llama.cpp, Ollama, LM Studio, OpenVINO."""
+    from luthier.errors import InputError, did_you_mean
+    from luthier.workflows.models import EXPORT_FORMATS
+    from luthier.workflows.models import export as export_model
+
+    if form not in EXPORT_FORMATS:
+        raise InputError(f"There is no form {form!r}.{did_you_mean(form, EXPORT_FORMATS)}")
+    artifact = export_model(open_store(), name, form, to)
+    typer.echo(f"{artifact.kind}: {size(artifact.bytes)} in {to}")
+
+
+def show_parity(model: object) -> None:
+    """Print the table of a model's parity."""
+    from luthier.records.model import TunedModel
+
+    if not isinstance(model, TunedModel) or model.parity is None:
+        return
+    rows = [
+        (
+            f"{form.form} against adapter",
+            f"{form.token_agreement:.1%}",
+            f"{form.identical_answers:.1%}",
+            "" if form.mean_logprob_difference is None else f"{form.mean_logprob_difference:.4f}",
+        )
+        for form in model.parity.forms
+    ]
+    title = f"Parity on {model.parity.prompts} held-out prompts ({model.parity.answer_tokens} answer tokens)"
+    show_table(title, ("form", "#tokens agree", "#answers equal", "#log-probability difference"), rows)
+
+
+def _warn(name: str, licence: str, restriction: str | None) -> None:
+    if restriction:
+        typer.secho(f"Licence of {name}: {restriction}", fg="yellow")
+    else:
+        typer.echo(f"Licence: {licence} (commercial use is free)")

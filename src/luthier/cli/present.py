@@ -1,0 +1,146 @@
+"""How the command line shows things: tables, records as JSON, bytes and times in words, and a run as it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+
+    from luthier.records.run import Run, RunEvent
+    from luthier.store.store import Store
+
+Json = typer.Option(False, "--json", help="Print JSON instead of tables.")
+STYLES = {"warning": "yellow", "error": "red"}
+
+
+def open_store() -> Store:
+    """Open the store of this installation's home."""
+    from luthier.settings import load_settings
+    from luthier.store.store import Store
+
+    return Store(load_settings().home)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return the terminal."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def show_json(value: Any) -> None:
+    """Print a record, or a list of records, as JSON."""
+
+    def plain(item: BaseModel) -> Any:
+        return item.model_dump(mode="json")
+
+    typer.echo(json.dumps(value, default=plain, indent=2, ensure_ascii=False))
+
+
+def show_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; columns whose name begins with ``#`` are aligned to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column.lstrip("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console().print(table)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return a number of seconds in words."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def moment(when: datetime | None) -> str:
+    """Return a time in the local zone, to the minute."""
+    return when.astimezone().strftime("%Y-%m-%d %H:%M") if when else ""
+
+
+def follow_run(store: Store, run_id: str, *, quiet: bool = False) -> Run:
+    """Show a run as it goes, until it ends or pauses. Ctrl-C asks it to pause, and says how to go on."""
+    from luthier.jobs.launch import follow
+
+    with RunView(quiet=quiet) as view:
+        try:
+            return follow(store, run_id, view.show)
+        except KeyboardInterrupt:
+            store.runs.request(run_id, "pause")
+            view.note("Pausing: saving the state …")
+            follow(store, run_id, None, after=view.seen)
+            typer.echo(f"Paused. Go on with: luthier run resume {run_id}", err=True)
+            raise
+
+
+class RunView:
+    """Shows a run's events: a progress bar with loss and speed, and what is worth a line."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.seen = 0
+        self._quiet = quiet
+        self._progress = Progress(
+            TextColumn("{task.description:<32}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console(stderr=True),
+            disable=quiet,
+        )
+        self._task = self._progress.add_task("waiting for a process", total=None, note="")
+
+    def __enter__(self) -> RunView:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.update(self._task, visible=False)
+        self._progress.stop()
+
+    def note(self, text: str, style: str | None = None) -> None:
+        """Print a line above the bar."""
+        if not self._quiet:
+            self._progress.console.print(text, style=style, markup=False)
+
+    def show(self, event: RunEvent) -> None:
+        """Show one event."""
+        self.seen = event.sequence
+        data = event.data
+        if event.type == "stage" and "seconds" in data:
+            self.note(f"  {data['stage']:<32}{duration(data['seconds']):>12}")
+        elif event.type == "stage":
+            self._progress.reset(self._task, total=None, description=data["stage"], note="")
+        elif event.type == "progress":
+            self._progress.update(self._task, completed=data["done"], total=data["total"], note=event.message)
+        elif event.type == "metrics":
+            note = f"loss {data['train_loss']:.3f} · {data['tokens_per_second']:,.0f} tokens/s"
+            note += f" · {duration(data['seconds_left'])} left"
+            self._progress.update(self._task, completed=data["step"], total=data["steps"], note=note)
+            if data.get("valid_loss") is not None:
+                self.note(f"    step {data['step']}: validation loss {data['valid_loss']:.3f}")
+        else:
+            self.note(f"    {event.message}", STYLES.get(event.level))

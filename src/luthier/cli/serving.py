@@ -1,0 +1,87 @@
+"""``luthier serve`` and ``luthier chat``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from luthier.cli.present import open_store
+
+
+def serve(
+    host: str = typer.Option("127.0.0.1", help="Where to listen; other machines are refused unless told otherwise."),
+    port: int = typer.Option(8000, help="0 takes a free one."),
+    api_key: str = typer.Option(None, envvar="LUTHIER_API_KEY", help="Ask clients for this key."),
+    extra: list[str] = typer.Option([], help="A further model: NAME=FOLDER with model.gguf and its chat format."),
+    only_extra: bool = typer.Option(False, help="Serve the --extra models alone."),
+    announce: bool = typer.Option(False, help="Print the address as a JSON line once it is ready, for programs."),
+) -> None:
+    """Serve all models through OpenAI's chat completions API."""
+    from luthier.api.app import create_app
+    from luthier.api.server import serve as run_server
+    from luthier.errors import InputError
+    from luthier.workflows.serving import model_pool
+
+    if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
+        raise InputError(
+            f"Listening on {host} lets other machines in, and no key is set.", hint="set LUTHIER_API_KEY or --api-key"
+        )
+    folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in extra)}
+    store = open_store()
+
+    def ready(url: str) -> None:
+        if announce:
+            typer.echo(json.dumps({"url": url}))
+            return
+        typer.echo(f"Serving on {url}/v1 (stop with Ctrl-C)")
+        for model in pool.models():
+            typer.echo(f"  {model.name}")
+        typer.echo(f'\nfrom openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="{api_key or "none"}")')
+
+    pool = model_pool(store, folders, only_extra=only_extra)
+    run_server(create_app(pool, api_key=api_key), host, port, ready)
+
+
+def chat(
+    model: str = typer.Argument(..., help="A tuned model, or a base model that was pulled."),
+    system: str = typer.Option(None, help="The system prompt; a tuned model's own where not given."),
+    temperature: float = typer.Option(0.7, help="0 always gives the likeliest answer."),
+    max_tokens: int = typer.Option(256, help="The longest answer."),
+    alone: bool = typer.Option(False, "--single", help="Each line is a conversation of its own."),
+) -> None:
+    """Talk to a model in the terminal. An empty line or Ctrl-D ends it."""
+    from luthier.llm.local import LocalModel
+    from luthier.records.completion import Sampling
+    from luthier.records.example import Message
+    from luthier.workflows.models import served_folder
+
+    store = open_store()
+    name = model if model in {base.id for base in store.models.bases()} else store.models.get(model).name
+    if system is None and name.startswith("ft:"):
+        template = store.models.get(name).template
+        system = template.template.system if template and template.template.fixed_system else None
+    opening = [Message(role="system", content=system)] if system else []
+    history = list(opening)
+    typer.echo(f"{name}" + (f"\nsystem: {system}" if system else ""), err=True)
+    engine = LocalModel(served_folder(store, name), name)
+    try:
+        while (line := _ask()) is not None:
+            history = [*(opening if alone else history), Message(role="user", content=line)]
+            answer = ""
+            for piece in engine.stream(history, Sampling(max_tokens=max_tokens, temperature=temperature)):
+                typer.echo(piece, nl=False)
+                answer += piece
+            typer.echo()
+            history.append(Message(role="assistant", content=answer))
+    finally:
+        engine.close()
+
+
+def _ask() -> str | None:
+    try:
+        line = input("> ").strip()
+    except EOFError:
+        return None
+    return line or None

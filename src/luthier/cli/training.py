@@ -1,0 +1,142 @@
+"""``luthier train``: plan and train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from luthier.cli.present import Json, duration, follow_run, open_store, show_json, show_table, size
+
+if TYPE_CHECKING:
+    from luthier.records.training import TrainingPlan
+
+
+def train(
+    dataset: str = typer.Argument(None, help="A divided dataset: name, or name@version."),
+    template: str = typer.Option(None, "--template", "-t", help="A saved template; none for conversations."),
+    base: str = typer.Option("smollm2-135m", "--base", "-b", help="A base model that was pulled."),
+    suffix: str = typer.Option("", help="Stands in the model's name."),
+    option: list[str] = typer.Option([], "--option", "-o", help="name=value; see --options for all of them."),
+    config: Path = typer.Option(None, help="A YAML or JSON file with options."),
+    parity_prompts: int = typer.Option(64, help="Held-out prompts that prove that what is served was trained."),
+    parity_limit: float = typer.Option(0.95, help="Share of answer tokens that must agree."),
+    plan: bool = typer.Option(False, "--plan", help="Only say what would be done, and why."),
+    options: bool = typer.Option(False, "--options", help="Only list the options."),
+    detach: bool = typer.Option(False, help="Put it into the queue and return."),
+    as_json: bool = Json,
+) -> None:
+    """Train a model: plan, LoRA, export, proof of parity, registration."""
+    if options:
+        _show_options(as_json)
+        return
+    if dataset is None:
+        raise typer.BadParameter("name a dataset (luthier dataset list)", param_hint="DATASET")
+    from luthier.jobs.launch import start, submit
+    from luthier.workflows.training import TrainRequest, finished_result
+    from luthier.workflows.training import plan as plan_run
+
+    store = open_store()
+    request = TrainRequest(
+        base=base,
+        dataset=store.datasets.get(dataset).reference,
+        template=store.templates.get(template).reference if template else None,
+        suffix=suffix,
+        options=_training_config(option, config),
+        parity_prompts=parity_prompts,
+        parity_limit=parity_limit,
+    )
+    made = plan_run(store, request)
+    if not as_json:
+        _show_plan(made)
+    if plan:
+        if as_json:
+            show_json(made)
+        return
+    run = submit(store, "train", request.model_dump(mode="json"))
+    if detach:
+        start(store, run.id)
+        show_json(run) if as_json else typer.echo(f"{run.id} is queued. Follow it: luthier run logs {run.id} --follow")
+        return
+    follow_run(store, run.id, quiet=as_json)
+    model = store.models.get(finished_result(store, run.id)["model"])
+    if as_json:
+        show_json(model)
+        return
+    from luthier.cli.models import show_parity
+
+    show_parity(model)
+    typer.echo(f"\n{model.name}\n\nNext: luthier evaluate {model.name}\n      luthier chat {model.name}")
+
+
+def _training_config(options: list[str], path: Path | None) -> Any:
+    """Return the options of a file and of the command line together; the command line wins.
+
+    Raises:
+        InputError: with all problems at once.
+    """
+    import json
+
+    from pydantic import ValidationError
+
+    from luthier.errors import InputError, did_you_mean
+    from luthier.records.training import TrainingConfig
+
+    values: dict[str, Any] = {}
+    if path:
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text("utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+    for text in options:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"The option {text!r} is not name=value.")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    known = TrainingConfig.model_fields
+    problems = [f"there is no option {name!r}.{did_you_mean(name, known)}" for name in values if name not in known]
+    try:
+        config = TrainingConfig.model_validate({name: value for name, value in values.items() if name in known})
+    except ValidationError as error:
+        problems += [f"{e['loc'][0]} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+    if problems:
+        raise InputError(
+            "The training options are not valid.", problems=sorted(set(problems)), hint="luthier train --options"
+        )
+    return config
+
+
+def _show_options(as_json: bool) -> None:
+    from luthier.records.training import TrainingConfig
+
+    if as_json:
+        show_json(TrainingConfig.model_json_schema())
+        return
+    rows = [(name, field.default, field.description or "") for name, field in TrainingConfig.model_fields.items()]
+    show_table(None, ("option", "default", "meaning"), rows)
+
+
+def _show_plan(plan: TrainingPlan) -> None:
+    rows = [
+        ("examples", f"{plan.examples:,}", f"and {plan.validation_examples:,} for validation"),
+        ("tokens a pass", f"{plan.tokens_per_epoch:,}", f"{plan.loss_tokens_per_epoch:,} of them with loss"),
+        (
+            "computed a pass",
+            f"{plan.computed_tokens_per_epoch:,}",
+            f"the first {plan.shared_prefix} tokens are shared by all examples and computed once a row",
+        ),
+        ("steps", f"{plan.steps:,}", f"{plan.resolved.batch_size} examples each"),
+        ("memory", size(plan.memory_bytes), f"of {size(plan.machine_memory_bytes)}"),
+        ("time", f"about {duration(plan.seconds)}", "training alone, from this machine's measured matrix rate"),
+    ]
+    rows += [(reason.name, reason.value, reason.reason) for reason in plan.reasons]
+    rows += [("left out", f"{count:,}", problem.replace("_", " ")) for problem, count in plan.dropped.items()]
+    if plan.truncated:
+        rows.append(("truncated", f"{plan.truncated:,}", "longer than max_tokens"))
+    show_table("Plan", ("what", "#value", "why"), rows)

@@ -1,0 +1,271 @@
+"""The process that runs one model with openvino-genai's continuous batching, and talks JSON lines over a socket.
+
+Started by :mod:`luthier.llm.engine_process` as ``python -m luthier.llm.engine.openvino_worker --model FOLDER --fd N``.
+
+In:  ``{"op": "generate", "id", "tokens", "sampling", "stop_tokens"}``, ``{"op": "cancel", "id"}``,
+``{"op": "shutdown"}``
+
+Out: ``{"op": "ready", …}``, ``{"op": "step", "deltas": [[id, tokens, logprobs, finish_reason or null], …]}`` (one line
+per step of the engine), ``{"op": "error", "id", "message"}``
+
+The process ends at once when its socket closes, so that no engine outlives its parent, however the parent died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import queue
+import random
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.llm.engine.prefix_gate import PrefixGate, prefix_blocks
+
+TELEMETRY_MODULE = "openvino_telemetry"
+MAX_BATCHED_TOKENS = 256
+MAX_SEQUENCES = 256
+UNQUANTISED_FILE_TYPES = {0, 1, 32}  # GGUF's general.file_type: float32, float16, bfloat16
+SEED_BITS = 31
+
+
+def main() -> None:
+    """Load the model, say "ready", and serve until told to stop or until the parent is gone."""
+    options = _arguments()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=options.fd)
+    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_read_messages, args=(connection, inbox), daemon=True).start()
+    started = time.monotonic()
+    forbid_telemetry()
+    path = options.model / "model.gguf"
+    properties = plugin_properties(options.precision, is_quantised(path), options.threads)
+    pipeline = load_pipeline(path, options.cache_gigabytes, properties)
+    _send(connection, {"op": "ready", "load_seconds": time.monotonic() - started, "properties": properties})
+    Worker(pipeline, connection, inbox).run()
+
+
+def forbid_telemetry() -> None:
+    """Make ``import openvino_telemetry`` fail, for which openvino has a stub that sends nothing.
+
+    Its own opt-out is a file in the home directory, and no file means consent; a module that cannot be imported
+    cannot send.
+    """
+    sys.modules[TELEMETRY_MODULE] = None  # type: ignore[assignment]
+
+
+def is_quantised(path: Path) -> bool:
+    """Say whether a GGUF file's weights are integers, by its ``general.file_type``."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        key = b"general.file_type"
+        position = content.find(key)
+        if position < 0:
+            return False
+        _value_type, file_type = struct.unpack_from("<II", content, position + len(key))
+        return file_type not in UNQUANTISED_FILE_TYPES
+
+
+def plugin_properties(precision: str, quantised: bool, threads: int) -> dict[str, Any]:
+    """Return the CPU plugin's properties; docs/decisions/0003-engine-numerics.md has the measurements.
+
+    ``precision`` is "auto" (the processor's own, but float32 where the weights are quantised), "native" or "float32".
+    ``threads`` 0 lets the plugin choose.
+    """
+    properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    if precision == "float32" or (precision == "auto" and quantised):
+        properties["INFERENCE_PRECISION_HINT"] = "f32"
+    if threads:
+        properties["INFERENCE_NUM_THREADS"] = threads
+    return properties
+
+
+def load_pipeline(path: Path, cache_gigabytes: int, properties: dict[str, Any]) -> Any:
+    """Load a GGUF file; imported here, because importing takes a second and must follow :func:`forbid_telemetry`."""
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size = cache_gigabytes
+    scheduler.enable_prefix_caching = True
+    scheduler.max_num_batched_tokens = MAX_BATCHED_TOKENS
+    scheduler.max_num_seqs = MAX_SEQUENCES
+    return openvino_genai.ContinuousBatchingPipeline(str(path), scheduler, "CPU", properties)
+
+
+@dataclass
+class Request:
+    """One prompt on its way: waiting without a handle, then running with one."""
+
+    id: int
+    tokens: list[int]
+    config: Any
+    blocks: list[int]
+    handle: Any = field(default=None)
+    has_token: bool = False
+
+
+class Worker:
+    """Moves requests from the inbox into the pipeline, steps it, and sends what each step produced."""
+
+    def __init__(self, pipeline: Any, connection: socket.socket, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+        self._pipeline = pipeline
+        self._connection = connection
+        self._inbox = inbox
+        self._gate = PrefixGate()
+        self._waiting: dict[int, Request] = {}
+        self._running: dict[int, Request] = {}
+
+    def run(self) -> None:
+        """Serve forever; the reader thread ends the process."""
+        while True:
+            for message in self._messages():
+                self._handle(message)
+            self._admit()
+            if self._pipeline.has_non_finished_requests():
+                self._pipeline.step()
+            self._send_deltas()
+
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        idle = not self._waiting and not self._running and not self._pipeline.has_non_finished_requests()
+        if idle:
+            yield self._inbox.get()
+        while not self._inbox.empty():
+            yield self._inbox.get()
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        if message["op"] == "cancel":
+            self._cancel(message["id"])
+        elif message["op"] == "generate":
+            config = generation_config(message["sampling"], message["stop_tokens"])
+            tokens = message["tokens"]
+            self._waiting[message["id"]] = Request(message["id"], tokens, config, prefix_blocks(tokens))
+
+    def _cancel(self, request_id: int) -> None:
+        self._waiting.pop(request_id, None)
+        request = self._running.pop(request_id, None)
+        if request is not None:
+            request.handle.cancel()
+            self._gate.abandon(request_id)
+
+    def _admit(self) -> None:
+        for request in list(self._waiting.values()):
+            if self._gate.may_start(request.blocks):
+                del self._waiting[request.id]
+                self._start(request)
+
+    def _start(self, request: Request) -> None:
+        import openvino
+
+        tensor = openvino.Tensor(np.array([request.tokens], dtype=np.int64))
+        try:
+            request.handle = self._pipeline.add_request(request.id, tensor, request.config)
+        except RuntimeError as error:  # what openvino raises for a request that breaks its rules
+            self._fail(request.id, str(error))
+            return
+        self._gate.start(request.id, request.blocks)
+        self._running[request.id] = request
+
+    def _send_deltas(self) -> None:
+        deltas = [delta for request in list(self._running.values()) if (delta := self._read(request))]
+        if deltas:
+            _send(self._connection, {"op": "step", "deltas": deltas})
+
+    def _read(self, request: Request) -> list[Any] | None:
+        """Return what is new of one request as [id, tokens, logprobs, finish reason], or None."""
+        status = request.handle.get_status().name
+        outputs = _read_outputs(request.handle)
+        tokens = [token for output in outputs for token in output.generated_ids]
+        logprobs = [round(value, 6) for output in outputs for value in output.generated_log_probs]
+        if tokens and not request.has_token:
+            request.has_token = True
+            self._gate.computed(request.id)
+        if status == "RUNNING":
+            return [request.id, tokens, logprobs, None] if tokens else None
+        del self._running[request.id]
+        self._gate.abandon(request.id)
+        if status == "IGNORED":
+            self._fail(
+                request.id, f"A prompt of {len(request.tokens)} tokens and its answer do not fit the engine's cache."
+            )
+            return None
+        ran_out = bool(outputs) and outputs[-1].finish_reason.name == "LENGTH"
+        return [request.id, tokens, logprobs, "length" if ran_out else "stop"]
+
+    def _fail(self, request_id: int, message: str) -> None:
+        _send(self._connection, {"op": "error", "id": request_id, "message": message})
+
+
+def generation_config(sampling: dict[str, Any], stop_tokens: list[int]) -> Any:
+    """Return openvino-genai's configuration for a :class:`luthier.records.completion.Sampling` as a dict.
+
+    A request without a seed gets a random one: the engine's own default is the same seed for every request.
+    """
+    import openvino_genai
+
+    config = openvino_genai.GenerationConfig()
+    config.max_new_tokens = sampling["max_tokens"]
+    config.logprobs = 1
+    config.do_sample = sampling["temperature"] > 0
+    if config.do_sample:
+        config.temperature = sampling["temperature"]
+        config.top_p = sampling["top_p"]
+        seed = sampling["seed"]
+        config.rng_seed = random.getrandbits(SEED_BITS) if seed is None else seed % 2**SEED_BITS
+    config.presence_penalty = sampling["presence_penalty"]
+    config.frequency_penalty = sampling["frequency_penalty"]
+    config.stop_token_ids = set(stop_tokens)
+    if stop_tokens:
+        config.eos_token_id = min(stop_tokens)
+    else:
+        config.ignore_eos = True
+    return config
+
+
+def _read_outputs(handle: Any) -> list[Any]:
+    outputs = []
+    while handle.can_read():
+        outputs += handle.read().values()
+    return outputs
+
+
+def _read_messages(connection: socket.socket, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Feed the inbox; end the process when asked to, or when the parent is gone, even in the middle of a step."""
+    with connection.makefile("rb") as lines:
+        for line in lines:
+            message = json.loads(line)
+            if message["op"] == "shutdown":
+                break
+            inbox.put(message)
+    os._exit(0)
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        connection.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+    except OSError:  # the parent is gone
+        os._exit(0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--cache-gigabytes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--precision", choices=("auto", "native", "float32"), default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What a client may ask of ``/chat/completions``, and which of it is refused rather than quietly ignored.
+
+A JSON object comes in; a :class:`ChatRequest` goes out, or an :class:`ApiError` that names the field. Unknown fields
+are tolerated, as clients send many that do not change an answer (``user``, ``metadata``, ``store`` …).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from luthier.records.example import Message, Role
+from luthier.serve.api_error import ApiError
+
+MAX_CHOICES = 128
+MAX_STOPS = 4
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tools": (bool, "tools"),
+    "functions": (bool, "functions"),
+    "tool_choice": (lambda value: value not in (None, "none", "auto"), "a forced tool call"),
+    "function_call": (lambda value: value not in (None, "none", "auto"), "a forced function call"),
+    "response_format": (lambda value: _field(value, "type") not in (None, "text"), "a response format other than text"),
+    "logit_bias": (bool, "a logit bias"),
+    "top_logprobs": (bool, "alternatives to the chosen token (top_logprobs above 0)"),
+    "modalities": (lambda value: value not in (None, ["text"]), "a modality other than text"),
+    "audio": (bool, "audio"),
+    "web_search_options": (lambda value: value is not None, "a web search"),
+}
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content; only text is known."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn as OpenAI writes it."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def as_message(self) -> Message:
+        """Return the turn as a record; "developer" is the newer word for "system"."""
+        role: Role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return Message(role=role, content=self.content)
+        return Message(role=role, content="".join(part.text for part in self.content))
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(BaseModel):
+    """A request for one or more answers to a conversation. None is what OpenAI's default is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    seed: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logprobs: bool | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, without empty ones."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in stops if stop)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts the tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def parse_chat_request(body: Any) -> ChatRequest:
+    """Return a request, checked.
+
+    Raises:
+        ApiError: 400; ``param`` is the path of the offending field.
+    """
+    if not isinstance(body, dict):
+        raise ApiError(400, f"The body must be a JSON object, not {type(body).__name__}.")
+    for name, (is_used, what) in REFUSED.items():
+        if is_used(body.get(name)):
+            raise ApiError(400, f"{name!r}: {what} is not supported here.", param=name, code="unsupported_parameter")
+    _refuse_calls(body.get("messages"))
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise _field_error(error) from error
+
+
+def _refuse_calls(messages: Any) -> None:
+    for index, message in enumerate(messages if isinstance(messages, list) else []):
+        for name in ("tool_calls", "function_call", "audio"):
+            if _field(message, name):
+                param = f"messages[{index}].{name}"
+                raise ApiError(400, f"{param}: not supported here.", param=param, code="unsupported_parameter")
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _field_error(error: ValidationError) -> ApiError:
+    """Return all findings as one error; ``param`` is the innermost field's path, as in ``messages[0].role``."""
+    findings = [(_path(item["loc"]), item["msg"], item["type"]) for item in error.errors()]
+    param, _, kind = max(findings, key=lambda finding: len(finding[0]))
+    return ApiError(
+        400,
+        "; ".join(f"{path}: {message}" for path, message, _ in findings),
+        param=param,
+        code="missing_required_parameter" if kind == "missing" else "invalid_value",
+    )
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """Return pydantic's location without the members of unions that it tried (``str``, ``list[…]``)."""
+    parts = [part for part in location if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
