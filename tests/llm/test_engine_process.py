@@ -27,10 +27,11 @@ AUDIT_HOOK = """
 import os, sys
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request")
 def watch(event, arguments):
-    if event in NETWORK or (event == "import" and str(arguments[0]).startswith("openvino_telemetry")):
+    if event in NETWORK:
         record(f"{event} {arguments!r}")
-        if event in NETWORK:
-            raise PermissionError(event)
+        raise PermissionError(event)
+    if event == "open" and "openvino_telemetry" in str(arguments[0]):
+        record(f"{event} {arguments!r}")
 def record(line):
     descriptor = os.open(os.environ["AUDIT_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode() + b"\\n")
@@ -44,7 +45,9 @@ def prompt(folder: Path, text: str = "hello") -> list[int]:
     return ChatFormat.load(folder).encode(text)
 
 
-async def collect(engine: EngineProcess, tokens: list[int], sampling: Sampling, stop: tuple[int, ...] = ()) -> list[int]:
+async def collect(
+    engine: EngineProcess, tokens: list[int], sampling: Sampling, stop: tuple[int, ...] = ()
+) -> list[int]:
     return [token async for delta in engine.generate(tokens, sampling, stop) for token in delta.tokens]
 
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from luthier.records.evaluation import Difference, Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Evaluations that were made, and every answer in them.")
-TITLES = {"base": "base model", "few_shot": "base, best few-shot prompt", "tuned": "tuned model"}
+TITLES = {"base": "base", "few_shot": "base, few-shot", "tuned": "tuned"}
+HEADINGS = {"macro_recall": "macro recall", "macro_f1": "macro F1", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
 SHOWN_METRICS = {
     "label": ("macro_recall", "accuracy", "macro_f1", "perplexity"),
     "text": ("rouge_l", "bleu", "exact_match", "perplexity"),
@@ -114,13 +115,14 @@ def show_evaluation(evaluation: Evaluation) -> None:
                 f"{scores.seconds_per_request:.3f}",
             )
         )
-    title = f"{evaluation.examples} held-out examples of {evaluation.dataset}"
-    columns = ("contestant", *(f"#{m.replace('_', ' ')}" for m in metrics))
-    columns += (f"#{evaluation.metric.replace('_', ' ')} against base (95 %)", "#prompt tokens", "#seconds/request")
+    metric = _heading(evaluation.metric)
+    title = f"{evaluation.examples} held-out examples of {evaluation.dataset}; differences are in {metric}"
+    columns = ("contestant", *(f"#{_heading(m)}" for m in metrics))
+    columns += ("#against base (95 %)", "#prompt tokens", "#seconds/request")
     show_table(title, columns, rows)
     to_few_shot = evaluation.differences.get("tuned_minus_few_shot", {}).get(evaluation.metric)
     if to_few_shot:
-        typer.echo(f"Tuned against few-shot, {evaluation.metric.replace('_', ' ')}: {_interval(to_few_shot)}")
+        typer.echo(f"Tuned against few-shot, {_heading(evaluation.metric)}: {_interval(to_few_shot)}")
     _show_confusion(evaluation)
 
 
@@ -131,13 +133,17 @@ def _show_confusion(evaluation: Evaluation) -> None:
         return
     given = sorted({label for counts in confusion.values() for label in counts})
     rows = [(expected, *(counts.get(label, 0) for label in given)) for expected, counts in confusion.items()]
-    show_table(f"What the {TITLES[name]} answers", ("expected", *(f"#{label}" for label in given)), rows)
+    show_table(f"What the {name} model answers", ("expected", *(f"#{label}" for label in given)), rows)
+
+
+def _heading(metric: str) -> str:
+    return HEADINGS.get(metric, metric.replace("_", " "))
 
 
 def _interval(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
 def _best(evaluation: Evaluation) -> str:

@@ -46,9 +46,12 @@ def show_json(value: Any) -> None:
 
 def show_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; columns whose name begins with ``#`` are aligned to the right."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
     for column in columns:
         table.add_column(column.lstrip("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
     for row in rows:

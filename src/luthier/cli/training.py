@@ -20,7 +20,7 @@ def train(
     suffix: str = typer.Option("", help="Stands in the model's name."),
     option: list[str] = typer.Option([], "--option", "-o", help="name=value; see --options for all of them."),
     config: Path = typer.Option(None, help="A YAML or JSON file with options."),
-    parity_prompts: int = typer.Option(64, help="Held-out prompts that prove that what is served was trained."),
+    parity_prompts: int = typer.Option(50, help="Held-out prompts that prove that what is served was trained."),
     parity_limit: float = typer.Option(0.95, help="Share of answer tokens that must agree."),
     plan: bool = typer.Option(False, "--plan", help="Only say what would be done, and why."),
     options: bool = typer.Option(False, "--options", help="Only list the options."),

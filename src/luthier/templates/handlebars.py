@@ -1,7 +1,9 @@
 """Handlebars texts: compile once, know which fields they use, render to plain text (no HTML escaping).
 
 The language is handlebars.js 4.7 through the ``dotpromptz-handlebars`` package; ``tests/templates`` holds it against
-the cases that people type. Two helpers are added: ``{{json value}}`` and ``{{#if (eq a "b")}}``.
+the cases that people type. Two helpers are added: ``{{json value}}`` and ``{{#if (eq a "b")}}`` or ``{{#eq a "b"}}``.
+What the package would pass over in silence (a helper that does not exist, ``{{else each}}``, ``{{items.length}}``) is
+refused when the text is compiled.
 """
 
 from __future__ import annotations
@@ -11,28 +13,42 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dotpromptz_handlebars import Block, EscapeFunction, Handlebars, Mustache, Node, Partial, PartialBlock
+from dotpromptz_handlebars import (
+    Block,
+    ElseNode,
+    EscapeFunction,
+    Handlebars,
+    HelperOptions,
+    Mustache,
+    Node,
+    Partial,
+    PartialBlock,
+)
 from dotpromptz_handlebars._render import compile_template
 
 from luthier.errors import InputError, did_you_mean
 
-SAME_CONTEXT_BLOCKS = {"if", "unless"}
+VALUES_OF_HELPER = {"if": 1, "unless": 1, "each": 1, "with": 1, "eq": 2, "json": 1, "lookup": 2}
+BLOCK_HELPERS = ("if", "unless", "each", "with", "eq")
+INLINE_HELPERS = ("eq", "json", "lookup")
+SAME_CONTEXT_BLOCKS = ("if", "unless", "eq")
 WORDS_OF_THE_LANGUAGE = {"this", ".", "true", "false", "null", "undefined", "else"}
-# a quoted string | a [bracketed segment] path | any other word
-WORD = re.compile(r"""("[^"]*"|'[^']*')|((?:[^\s()\[\]'"=|]|\[[^\]]*\])+)""")
 NUMBER = re.compile(r"-?\d+(\.\d+)?$")
+TAG = re.compile(r"(?<!\\)(?:\{\{~?!--.*?--~?\}\}|\{\{[^{}]*\}\})", re.DOTALL)
+STANDALONE_TAG = re.compile(r"\{\{~?\s*(?:[#/^!]|else\b)")
+ELSE_TAG = re.compile(r"(\{\{~?\s*else)\s+([^\s~}(]+)\s*(.*)", re.DOTALL)
+SPACES_TO_NEXT_TAG = re.compile(r"[ \t]+\{\{")
 
 
-def _json(arguments: list[Any], _options: Any) -> str:
+def _json(arguments: list[Any], _options: HelperOptions) -> str:
     return json.dumps(arguments[0], ensure_ascii=False)
 
 
-def _eq(arguments: list[Any], _options: Any) -> bool:
-    return bool(arguments[0] == arguments[1])
-
-
-HELPERS = {"json": _json, "eq": _eq}
-BUILT_IN_HELPERS = {"if", "unless", "each", "with", "lookup", "log"}
+def _eq(arguments: list[Any], options: HelperOptions) -> Any:
+    equal = bool(arguments[0] == arguments[1])
+    if not options.is_block:
+        return equal
+    return options.fn() if equal else options.inverse()
 
 
 class HandlebarsText:
@@ -43,21 +59,24 @@ class HandlebarsText:
         place: What a message calls it ("user template", say).
 
     Raises:
-        InputError: the text does not parse, or uses partials (there is nothing to include).
+        InputError: the text does not parse, calls a helper that does not exist or with another number of values, or
+            uses partials (there is nothing to include).
     """
 
     def __init__(self, source: str, place: str = "template") -> None:
         self.source = source
         self.place = place
         engine = Handlebars(escape_fn=EscapeFunction.NO_ESCAPE)
-        for name, helper in HELPERS.items():
-            engine.register_helper(name, helper)
+        engine.unregister_helper("log")  # it would print
+        engine.register_helper("json", _json)
+        engine.register_helper("eq", _eq)
         try:
-            nodes = compile_template(source)
-            self._render = engine.compile(source)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"The {place} is not valid handlebars: {error}", hint=f"it reads: {source!r}") from error
-        self.fields = frozenset(_fields(nodes, depth=0, place=place))
+            prepared = TAG.sub(_prepare_tag, source)
+            self._render = engine.compile(prepared)
+            self.fields = frozenset(_fields(compile_template(prepared), depth=0))
+        except (ValueError, RecursionError, IndexError) as error:
+            reason = "a tag has no name" if isinstance(error, IndexError) else error
+            raise InputError(f"The {place} is not valid handlebars: {reason}", hint=f"it reads: {source!r}") from error
 
     def check_fields(self, known: Iterable[str]) -> None:
         """Refuse a text that uses a field which the examples do not have.
@@ -77,7 +96,7 @@ class HandlebarsText:
         """Return the text for one example.
 
         Raises:
-            InputError: the text fails on these fields, such as a helper that gets too few values.
+            InputError: the text fails on these fields, such as a value that JSON cannot write.
         """
         try:
             return str(self._render(dict(fields)))
@@ -85,46 +104,82 @@ class HandlebarsText:
             raise InputError(f"The {self.place} fails on this example: {error}") from error
 
 
-def _fields(nodes: Iterable[Node], depth: int, place: str) -> Iterator[str]:
+def _prepare_tag(match: re.Match[str]) -> str:
+    """Return a tag so that the package reads it as handlebars.js does."""
+    tag = match[0]
+    if chained := ELSE_TAG.match(tag):
+        opening, word, rest = chained.groups()
+        if word not in ("if", "unless"):
+            raise ValueError(f"{tag} is not one of {{{{else}}}}, {{{{else if …}}}} and {{{{else unless …}}}}")
+        tag = f"{opening} {word} {rest}"
+    # The package takes a tag for alone on its line where only spaces stand before the next tag, and drops them.
+    if STANDALONE_TAG.match(tag) and not tag.endswith("~}}") and SPACES_TO_NEXT_TAG.match(match.string, match.end()):
+        tag += "{{!}}"
+    return tag
+
+
+def _fields(nodes: Iterable[Node], depth: int) -> Iterator[str]:
     """Yield the root fields that nodes use; ``depth`` counts the enclosing blocks that change the context."""
     for node in nodes:
         if isinstance(node, Partial | PartialBlock):
-            raise InputError(f"The {place} includes the partial {node.name!r}; partials are not supported.")
+            raise ValueError(f"it includes the partial {node.name!r}; partials are not supported")
+        if isinstance(node, ElseNode):
+            raise ValueError("a block has two {{else}}")
         if isinstance(node, Mustache):
-            yield from _call_fields(node.call, depth)
+            yield from _call_fields(node.call, depth, INLINE_HELPERS)
         elif isinstance(node, Block):
-            yield from _call_fields(node.call, depth)
+            yield from _call_fields(node.call, depth, BLOCK_HELPERS)
             inner = depth if node.call["name"] in SAME_CONTEXT_BLOCKS else depth + 1
-            yield from _fields(node.body, inner, place)
-            yield from _fields(node.inverse, depth, place)
+            yield from _fields(node.body, inner)
+            yield from _fields(node.inverse, depth)
 
 
-def _call_fields(call: dict[str, Any], depth: int) -> Iterator[str]:
-    is_helper = call["name"] in BUILT_IN_HELPERS or call["name"] in HELPERS
-    words = [] if is_helper or call["literal"] else [call["name"]]
-    for argument in [*call["args"], *call["hash"].values()]:
-        words += _words(str(argument))
-    for word in words:
-        field = _root_field(word, depth)
-        if field is not None:
+def _call_fields(
+    call: dict[str, Any], depth: int, helpers: tuple[str, ...], *, is_expression: bool = False
+) -> Iterator[str]:
+    name, values = call["name"], [*call["args"], *call["hash"].values()]
+    if call["literal"] or NUMBER.match(name):
+        raise ValueError(f"{name!r} is a value; a field of that name is written {{{{[{name}]}}}}")
+    if name in VALUES_OF_HELPER:
+        _check_helper(name, len(call["args"]), helpers)
+    elif values or is_expression:
+        spaced = " ".join([name, *values])
+        raise ValueError(
+            f"there is no helper {name!r}.{did_you_mean(name, helpers)} "
+            f"A field whose name has spaces is written {{{{[{spaced}]}}}}"
+        )
+    else:
+        values = [name]
+    for value in map(str, values):
+        if value.startswith("("):
+            inner = compile_template(f"{{{{{value[1:-1].strip()}}}}}")[0]
+            if not isinstance(inner, Mustache):
+                raise ValueError(f"{value} is not valid")
+            yield from _call_fields(inner.call, depth, INLINE_HELPERS, is_expression=True)
+        elif value[0] not in "\"'" and (field := _root_field(value, depth)) is not None:
             yield field
 
 
-def _words(argument: str) -> list[str]:
-    """Return the paths in an argument; in a (sub expression) the first word is a helper's name."""
-    words = [match.group(2) for match in WORD.finditer(argument) if match.group(2)]
-    if argument.startswith("("):
-        words = [word for word in words if word not in HELPERS and word not in BUILT_IN_HELPERS]
-    return words
+def _check_helper(name: str, values: int, helpers: tuple[str, ...]) -> None:
+    if name not in helpers:
+        form = f"{{{{#{name} …}}}}" if name in BLOCK_HELPERS else f"{{{{{name} …}}}} or ({name} …)"
+        raise ValueError(f"{name!r} is written {form}")
+    if values != VALUES_OF_HELPER[name]:
+        raise ValueError(f"{name!r} takes {VALUES_OF_HELPER[name]} value(s), here it gets {values}")
 
 
 def _root_field(path: str, depth: int) -> str | None:
     """Return the root field that a path starts from, or None where it means something else."""
-    if path.startswith("@root."):
-        path, depth = path.removeprefix("@root."), 0
+    if path.endswith(".length"):
+        raise ValueError(f"{path} is not known here; {{{{#if {path.removesuffix('.length')}}}}} is false for no items")
+    full = path
+    if path.startswith(("@root.", "@root/")):
+        path, depth = path[len("@root.") :], 0
     while path.startswith(("../", "./", "this.", "this/")):
         depth -= path.startswith("../")
         path = path.split("/" if path.startswith((".", "this/")) else ".", 1)[1]
     if depth > 0 or path in WORDS_OF_THE_LANGUAGE or path.startswith("@") or NUMBER.match(path):
         return None
+    if depth < 0 or path == "..":
+        raise ValueError(f"{full} goes above the fields of the example")
     return path[1 : path.index("]")] if path.startswith("[") else re.split(r"[./]", path, maxsplit=1)[0]

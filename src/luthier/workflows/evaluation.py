@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -14,13 +13,13 @@ from pydantic import Field
 from luthier.errors import InputError
 from luthier.evaluate.bootstrap import paired_difference
 from luthier.evaluate.contest import answers_of
-from luthier.evaluate.engine.scoring import score_answers
+from luthier.evaluate.engine.scoring import Scorer
 from luthier.evaluate.few_shot import candidates, choose, with_shots
 from luthier.evaluate.labels import label_set
 from luthier.evaluate.metrics import score
 from luthier.jobs.context import RunContext
 from luthier.jobs.launch import OnEvent, follow, submit
-from luthier.llm.engine.torch_model import Precision, measure_machine
+from luthier.llm.engine.torch_model import Precision, device, has_fast_bfloat16
 from luthier.llm.local import LocalModel
 from luthier.records.completion import Sampling
 from luthier.records.dataset import DatasetVersion
@@ -54,7 +53,7 @@ class EvaluateRequest(Record):
     few_shot: bool = True
     max_examples: int = Field(500, ge=2)
     validation_examples: int = Field(60, ge=1)
-    perplexity_examples: int = Field(200, ge=0)
+    perplexity_examples: int = Field(150, ge=0)
     resamples: int = Field(2000, ge=100)
     seed: int = 0
 
@@ -116,7 +115,7 @@ def execute(context: RunContext) -> dict[str, Any]:
                 tuned.close()
             shots[TUNED] = ()
     with context.stage("perplexity"):
-        given = {name: _with_logprobs(store, contest, name, given[name], shots[name]) for name in given}
+        given = _perplexity(store, contest, given, shots)
     with context.stage("intervals"):
         evaluation = _evaluation(context, contest, given, choice, time.monotonic() - started)
     store.evaluations.add(evaluation, [answer for answers in given.values() for answer in answers])
@@ -210,34 +209,40 @@ def _choose_shots(context: RunContext, contest: _Contest, base: LocalModel) -> F
     return choice
 
 
-def _with_logprobs(
-    store: Store, contest: _Contest, name: str, answers: list[Answer], shots: tuple[Message, ...]
-) -> list[Answer]:
-    """Return the answers with the expected answer's log-probability, on as many as the request says."""
-    count = min(contest.request.perplexity_examples, len(answers))
-    if count == 0:
-        return answers
+def _perplexity(
+    store: Store, contest: _Contest, given: dict[str, list[Answer]], shots: dict[str, tuple[Message, ...]]
+) -> dict[str, list[Answer]]:
+    """Return the answers with the expected answers' log-probabilities, on as many examples as the request says."""
+    if contest.request.perplexity_examples == 0:
+        return given
     base_folder = store.models.base_folder(store.models.base(contest.base))
-    adapter: Path | None = None
-    if name == TUNED and contest.tuned:
-        adapter = store.models.artifact_folder(contest.tuned.artifacts["adapter"])
     chat_format = ChatFormat.load(base_folder)
+    precision: Precision = "bfloat16" if has_fast_bfloat16(device()) else "float32"
+    scorer = Scorer(base_folder, None, precision)
+    filled = {name: _scored(contest, scorer, chat_format, given[name], shots[name]) for name in given if name != TUNED}
+    if contest.tuned and TUNED in given:
+        adapter = store.models.artifact_folder(contest.tuned.artifacts["adapter"])
+        scorer = Scorer(base_folder, adapter, precision)
+        filled[TUNED] = _scored(contest, scorer, chat_format, given[TUNED], shots[TUNED])
+    return filled
+
+
+def _scored(
+    contest: _Contest, scorer: Scorer, chat_format: ChatFormat, answers: list[Answer], shots: tuple[Message, ...]
+) -> list[Answer]:
     prompts, expected = [], []
-    for conversation in contest.held_out[:count]:
-        prompt = with_shots(conversation.prompt, shots)
-        rendered = chat_format.render([*prompt, Message(role="assistant", content=conversation.answer)])
+    for conversation in contest.held_out[: contest.request.perplexity_examples]:
+        answer = Message(role="assistant", content=conversation.answer)
+        rendered = chat_format.render([*with_shots(conversation.prompt, shots), answer])
         start = rendered.prompt_tokens
         prompts.append(rendered.tokens[:start])
-        expected.append(
-            [t for t, learned in zip(rendered.tokens[start:], rendered.loss_mask[start:], strict=True) if learned]
-        )
-    precision: Precision = "bfloat16" if measure_machine().has_fast_bfloat16 else "float32"
-    scored = score_answers(base_folder, adapter, prompts, expected, precision)
+        behind = zip(rendered.tokens[start:], rendered.loss_mask[start:], strict=True)
+        expected.append([token for token, learned in behind if learned])
     filled = [
         answer.model_copy(update={"expected_logprob": sum(one.logprobs or ()), "expected_tokens": len(one.chosen)})
-        for answer, one in zip(answers[:count], scored, strict=True)
+        for answer, one in zip(answers, scorer.score(prompts, expected), strict=False)
     ]
-    return filled + answers[count:]
+    return filled + answers[len(filled) :]
 
 
 def _evaluation(

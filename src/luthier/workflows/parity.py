@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from luthier.evaluate.engine.scoring import score_answers
+from luthier.evaluate.engine.scoring import Scorer
 from luthier.evaluate.parity import ScoredAnswer, agreement
 from luthier.llm.local import LocalModel
-from luthier.llm.model import LanguageModel
+from luthier.llm.model import LanguageModel, Prompt
 from luthier.llm.remote import RemoteModel
 from luthier.records.completion import Completion, Sampling
 from luthier.records.example import Conversation
-from luthier.records.model import Artifact, FormParity, Parity
+from luthier.records.model import Artifact, Parity
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.workflows.serving import server_process
@@ -42,19 +41,23 @@ def measure_parity(
         served = _ask(RemoteModel(f"{url}/v1", name, want_logprobs=True), prompts)
     prompt_tokens = [chat_format.prompt_tokens(prompt) for prompt in prompts]
     answers = [_answer_tokens(completion, chat_format) for completion in exported]
-    adapter = score_answers(base_folder, folders["adapter"], prompt_tokens, answers)
-    merged = score_answers(folders["merged"], None, prompt_tokens, answers)
+    served_answers = [_answer_tokens(completion, chat_format) for completion in served]
+    reference = Scorer(base_folder, folders["adapter"])
+    adapter = reference.score(prompt_tokens, answers)
+    adapter_on_served = adapter if served_answers == answers else reference.score(prompt_tokens, served_answers)
+    del reference
+    merged = Scorer(folders["merged"]).score(prompt_tokens, answers)
     forms = (
         agreement("merged", adapter, merged),
         agreement("gguf", adapter, _as_scored(exported, answers)),
-        _served_parity(base_folder, folders["adapter"], chat_format, prompt_tokens, answers, adapter, served),
+        agreement("served", adapter_on_served, _as_scored(served, served_answers)),
     )
     return Parity(prompts=len(prompts), answer_tokens=sum(map(len, answers)), limit=limit, forms=forms)
 
 
-def _ask(model: LanguageModel, prompts: Sequence[Sequence[object]]) -> list[Completion]:
+def _ask(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Completion]:
     try:
-        return model.answer(prompts, Sampling(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0))  # type: ignore[arg-type]
+        return model.answer(prompts, Sampling(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0))
     finally:
         model.close()
 
@@ -74,26 +77,3 @@ def _as_scored(completions: Sequence[Completion], answers: Sequence[Sequence[int
         )
         for completion, answer in zip(completions, answers, strict=True)
     ]
-
-
-def _served_parity(
-    base_folder: Path,
-    adapter_folder: Path,
-    chat_format: ChatFormat,
-    prompt_tokens: Sequence[Sequence[int]],
-    exported_answers: Sequence[Sequence[int]],
-    adapter: Sequence[ScoredAnswer],
-    served: Sequence[Completion],
-) -> FormParity:
-    """Score the served answers under the adapter; those equal to the exported ones are scored already."""
-    answers = [_answer_tokens(completion, chat_format) for completion in served]
-    reference = list(adapter)
-    changed = [i for i, answer in enumerate(answers) if answer != list(exported_answers[i])]
-    if changed:
-        again = score_answers(
-            base_folder, adapter_folder, [prompt_tokens[i] for i in changed], [answers[i] for i in changed]
-        )
-        for index, scored in zip(changed, again, strict=True):
-            reference[index] = scored
-    form: Literal["served"] = "served"
-    return agreement(form, reference, _as_scored(served, answers))

@@ -56,7 +56,7 @@ class TrainRequest(Record):
     template: str | None = None
     suffix: str = ""
     options: TrainingConfig = TrainingConfig()
-    parity_prompts: int = Field(64, ge=0)
+    parity_prompts: int = Field(50, ge=0)
     parity_limit: float = Field(0.95, gt=0, le=1)
 
 

@@ -40,7 +40,7 @@ def device() -> torch.device:
 def measure_machine() -> Machine:
     """Measure what plans depend on: memory, and the rate of matrix products (FLOP per second)."""
     here = device()
-    fast = _has_fast_bfloat16(here)
+    fast = has_fast_bfloat16(here)
     name = torch.cuda.get_device_name() if here.type == "cuda" else _cpu_name()
     memory = torch.cuda.mem_get_info()[1] if here.type == "cuda" else psutil.virtual_memory().total
     return Machine(
@@ -51,6 +51,17 @@ def measure_machine() -> Machine:
         has_fast_bfloat16=fast,
         matmul_flops=_matmul_flops(here, torch.bfloat16 if fast else torch.float32),
     )
+
+
+def has_fast_bfloat16(here: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    if here.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    info = Path("/proc/cpuinfo")
+    if here.type != "cpu" or not info.is_file():
+        return False
+    flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return not BFLOAT16_CPU_FLAGS.isdisjoint(flags.split())
 
 
 def load_base(folder: Path, precision: Precision, *, dropout: float = 0.0) -> PreTrainedModel:
@@ -110,16 +121,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "config.json",
 )
-
-
-def _has_fast_bfloat16(here: torch.device) -> bool:
-    if here.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    info = Path("/proc/cpuinfo")
-    if here.type != "cpu" or not info.is_file():
-        return False
-    flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    return not BFLOAT16_CPU_FLAGS.isdisjoint(flags.split())
 
 
 def _cpu_name() -> str:

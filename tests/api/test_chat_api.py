@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from luthier.api.app import create_app
+from luthier.api.server import Server, listen, serve
+from luthier.errors import ConflictError, InputError, NotFoundError
+from luthier.llm.remote import RemoteModel
+from luthier.records.completion import Sampling
+from luthier.records.example import Message
+from luthier.serve.pool import ModelPool, ServedModelInfo
+
+NAME = "ft:tiny:acme:greeter:abc123"
+ALIAS = "org/greeter@production"
+HELLO = [{"role": "user", "content": "hello"}]
+KEY = "sk-test"
+
+
+class Service:
+    """A real server on loopback, in a thread of its own."""
+
+    def __init__(self, folder: Path, **options: object) -> None:
+        self.folders = {NAME: folder, ALIAS: folder}
+        self.pool = ModelPool(self.resolve, self.names)
+        ready = threading.Event()
+        self.listener = listen("127.0.0.1", 0)
+        self.server = Server(create_app(self.pool, **options), self.listener, lambda _: ready.set())  # type: ignore[arg-type]
+        self.url = self.server.url
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
+        self.thread.start()
+        assert ready.wait(30)
+
+    def resolve(self, name: str) -> Path:
+        if name not in self.folders:
+            raise NotFoundError(f"The model {name!r} does not exist.")
+        return self.folders[name]
+
+    def names(self) -> list[ServedModelInfo]:
+        return [ServedModelInfo(name, created=1_700_000_000, root="tiny") for name in self.folders]
+
+    def client(self, **options: object) -> openai.OpenAI:
+        settings = {"api_key": KEY, "max_retries": 0, "_strict_response_validation": True} | options
+        return openai.OpenAI(base_url=f"{self.url}/v1", **settings)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.listener.close()
+
+
+@pytest.fixture(scope="module")
+def service(served_tiny_model: Path) -> Iterator[Service]:
+    service = Service(served_tiny_model)
+    yield service
+    service.close()
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    return any(condition() or time.sleep(0.02) for _ in range(500))
+
+
+def test_the_openai_client_gets_an_answer(service: Service) -> None:
+    answer = service.client().chat.completions.create(model=NAME, messages=HELLO, max_tokens=5)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 5
+    assert answer._request_id
+    assert answer._request_id.startswith("req_")
+
+
+def test_the_openai_client_reads_a_stream(service: Service) -> None:
+    options = {"model": NAME, "messages": HELLO, "max_tokens": 25, "temperature": 1, "seed": 5}
+    stream = service.client().chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 25
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+
+
+def test_a_stream_ends_with_done(service: Service) -> None:
+    body = {"model": NAME, "messages": HELLO, "max_tokens": 3, "stream": True}
+    response = httpx.post(f"{service.url}/v1/chat/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") for event in events[:-2])
+
+
+def test_the_async_client_and_many_at_once(service: Service) -> None:
+    client = service.client()
+    with ThreadPoolExecutor(10) as executor:
+        futures = [
+            executor.submit(client.chat.completions.create, model=ALIAS, messages=HELLO, max_tokens=20)
+            for _ in range(20)
+        ]
+        assert all(future.result().usage.completion_tokens == 20 for future in futures)
+
+
+def test_models_are_listed_and_retrieved_by_names_with_slashes_and_colons(service: Service) -> None:
+    client = service.client()
+    assert [model.id for model in client.models.list()] == [NAME, ALIAS]
+    assert client.models.retrieve(ALIAS).id == ALIAS
+    assert client.models.retrieve(NAME).owned_by == "luthier"
+    with pytest.raises(openai.NotFoundError, match="Did you mean"):
+        client.models.retrieve("org/greeter@produktion")
+
+
+def test_an_unknown_model_is_not_found(service: Service) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        service.client().chat.completions.create(model="nobody", messages=HELLO)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert caught.value.request_id
+
+
+def test_a_bad_option_is_a_bad_request_that_names_it(service: Service) -> None:
+    client = service.client()
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=NAME, messages=HELLO, response_format={"type": "json_object"})
+    assert caught.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=NAME, messages=HELLO, temperature=9)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "0 1 2 " * 3000}], stream=True)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_broken_and_oversized_bodies_are_refused(served_tiny_model: Path) -> None:
+    service = Service(served_tiny_model, max_body_bytes=1000)
+    try:
+        url = f"{service.url}/v1/chat/completions"
+        assert httpx.post(url, content=b"{nope").json()["error"]["type"] == "invalid_request_error"
+        response = httpx.post(url, json={"messages": "x" * 2000})
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "request_too_large"
+        assert httpx.post(url, json=[1]).status_code == 400
+        unknown = httpx.get(f"{service.url}/v1/nothing")
+        assert unknown.status_code == 404
+        assert unknown.json()["error"]["message"]
+    finally:
+        service.close()
+
+
+def test_a_key_is_asked_for_where_one_is_set(served_tiny_model: Path) -> None:
+    service = Service(served_tiny_model, api_key=KEY)
+    try:
+        assert list(service.client().models.list())
+        with pytest.raises(openai.AuthenticationError) as caught:
+            service.client(api_key="wrong").models.list()
+        assert caught.value.code == "invalid_api_key"
+        assert httpx.get(f"{service.url}/v1/models").status_code == 401
+        assert httpx.get(f"{service.url}/health").json() == {"status": "ok"}
+    finally:
+        service.close()
+
+
+def test_a_client_that_leaves_a_stream_frees_the_engine(service: Service) -> None:
+    client = service.client()
+    stream = client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=1900, stream=True)
+    next(iter(stream))
+    stream.close()
+    (loaded,) = service.pool.loaded
+    assert until(lambda: loaded.engine.in_flight == 0)
+
+
+def test_a_client_that_leaves_while_it_waits_frees_the_engine(service: Service) -> None:
+    service.client().chat.completions.create(model=NAME, messages=HELLO, max_tokens=1)
+    (loaded,) = service.pool.loaded
+    body = {"model": NAME, "messages": HELLO, "max_tokens": 500, "n": 64}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.2))
+    assert until(lambda: loaded.engine.in_flight == 0)
+
+
+def test_a_killed_engine_fails_the_stream_and_the_next_request_is_answered(service: Service) -> None:
+    client = service.client()
+    stream = client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=1900, stream=True)
+    chunks = iter(stream)
+    next(chunks)
+    (loaded,) = service.pool.loaded
+    os.kill(loaded.engine.pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match=r"died \(signal 9\)"):
+        list(chunks)
+    answer = client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=3)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3
+    assert [model.engine.pid for model in service.pool.loaded] != [loaded.engine.pid]
+
+
+def test_ten_concurrent_first_requests_start_one_engine(served_tiny_model: Path) -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    service = Service(served_tiny_model)
+    client = service.client()
+    with ThreadPoolExecutor(10) as executor:
+        create = client.chat.completions.create
+        futures = [executor.submit(create, model=NAME, messages=HELLO, max_tokens=2) for _ in range(10)]
+        assert all(future.result().choices for future in futures)
+    started = {child.pid for child in psutil.Process().children()} - before
+    assert len(started) == 1
+    service.close()
+    assert not any(psutil.pid_exists(pid) for pid in started)
+
+
+def test_our_own_remote_model_can_ask_our_server(service: Service) -> None:
+    model = RemoteModel(f"{service.url}/v1", NAME, want_logprobs=True)
+    prompts = [[Message(role="user", content=f"number {number}")] for number in range(5)]
+    completions = model.answer(prompts, Sampling(max_tokens=4))
+    assert [completion.completion_tokens for completion in completions] == [4] * 5
+    assert all(completion.logprobs is not None and len(completion.logprobs) == 4 for completion in completions)
+
+
+def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(served_tiny_model: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom luthier.api.app import create_app\n"
+        "from luthier.api.server import serve\nfrom luthier.serve.pool import ModelPool\n"
+        "pool = ModelPool(lambda name: Path(sys.argv[1]), list)\n"
+        "serve(create_app(pool), '127.0.0.1', 0, lambda url: print(url, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(served_tiny_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        url = server.stdout.readline().strip()
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
+        assert client.chat.completions.create(model="x", messages=HELLO, max_tokens=1).choices
+        (engine,) = psutil.Process(server.pid).children()
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+        assert server.stdout.read() == ""
+        assert server.stderr.read() == ""
+    assert not engine.is_running()
+
+
+def test_a_taken_port_and_a_foreign_address_are_told(served_tiny_model: Path) -> None:
+    app = create_app(ModelPool(lambda _: served_tiny_model, list))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ConflictError, match="taken"):
+            serve(app, "127.0.0.1", other.getsockname()[1])
+    with pytest.raises(InputError, match="Cannot bind"):
+        serve(app, "192.0.2.1", 0)

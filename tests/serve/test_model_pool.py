@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from luthier.errors import CapacityError, EngineError, NotFoundError
+from luthier.serve.pool import LoadedModel, ModelPool, ServedModelInfo
+
+
+class Shelf:
+    """Served model folders by name, and how often each was asked for."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+        self.asked: list[str] = []
+
+    def resolve(self, name: str) -> Path:
+        self.asked.append(name)
+        if name not in self.folders:
+            raise NotFoundError(f"The model {name!r} does not exist.")
+        return self.folders[name]
+
+    def names(self) -> list[ServedModelInfo]:
+        return [ServedModelInfo(name, created=1) for name in self.folders]
+
+
+@pytest.fixture
+def shelf(served_tiny_model: Path, tmp_path: Path) -> Shelf:
+    return Shelf({name: Path(shutil.copytree(served_tiny_model, tmp_path / name)) for name in ("a", "b", "c")})
+
+
+def run(shelf: Shelf, scenario: Callable[[ModelPool], Awaitable[None]], **options: float) -> None:
+    """Run a scenario with a pool, and see that no process is left."""
+
+    async def main() -> None:
+        before = {child.pid for child in psutil.Process().children()}
+        pool = ModelPool(shelf.resolve, shelf.names, **options)  # type: ignore[arg-type]
+        try:
+            await scenario(pool)
+        finally:
+            await pool.close()
+        assert {child.pid for child in psutil.Process().children()} <= before
+
+    asyncio.run(main())
+
+
+async def touch(pool: ModelPool, name: str) -> LoadedModel:
+    async with pool.lease(name) as loaded:
+        return loaded
+
+
+def pids(models: Iterable[LoadedModel]) -> set[int]:
+    return {model.engine.pid for model in models}
+
+
+def test_ten_concurrent_first_requests_load_once(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        loaded = await asyncio.gather(*(touch(pool, "a") for _ in range(10)))
+        assert len(pids(loaded)) == 1
+        assert len(pool.loaded) == 1
+
+    run(shelf, scenario)
+
+
+def test_two_names_of_one_folder_share_an_engine_and_a_name_can_be_pointed_elsewhere(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        shelf.folders["alias"] = shelf.folders["a"]
+        assert await touch(pool, "alias") is await touch(pool, "a")
+        shelf.folders["alias"] = shelf.folders["b"]
+        assert await touch(pool, "alias") is await touch(pool, "b")
+
+    run(shelf, scenario)
+
+
+def test_a_load_does_not_block_a_model_that_runs(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        await touch(pool, "a")
+        loading = asyncio.create_task(touch(pool, "b"))
+        while "b" not in shelf.asked:
+            await asyncio.sleep(0)
+        await touch(pool, "a")
+        assert not loading.done()
+        await loading
+
+    run(shelf, scenario)
+
+
+def test_an_engine_that_died_is_started_again_for_the_next_request(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        first = await touch(pool, "a")
+        os.kill(first.engine.pid, signal.SIGKILL)
+        while first.engine.alive:
+            await asyncio.sleep(0.01)
+        second = await touch(pool, "a")
+        assert second.engine.pid != first.engine.pid
+        assert second.engine.alive
+
+    run(shelf, scenario)
+
+
+def test_the_least_recently_used_idle_model_makes_room(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        a, b = await touch(pool, "a"), await touch(pool, "b")
+        await touch(pool, "a")
+        c = await touch(pool, "c")
+        assert pids(pool.loaded) == pids([a, c])
+        assert not b.engine.alive
+
+    run(shelf, scenario, max_loaded=2)
+
+
+def test_a_busy_model_is_not_unloaded_and_the_newcomer_waits(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        async with pool.lease("a") as a:
+            waiting = asyncio.create_task(touch(pool, "b"))
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            assert a.engine.alive
+        await waiting
+        assert not a.engine.alive
+
+    run(shelf, scenario, max_loaded=1)
+
+
+def test_waiting_for_room_has_an_end(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        async with pool.lease("a"):
+            with pytest.raises(CapacityError, match="stayed busy"):
+                await touch(pool, "b")
+        await touch(pool, "b")
+
+    run(shelf, scenario, max_loaded=1, room_deadline_seconds=0.05)
+
+
+def test_a_failed_load_fails_all_who_wait_and_is_tried_again(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        weights = shelf.folders["a"] / "model.gguf"
+        weights.rename(weights.with_suffix(".away"))
+        errors = await asyncio.gather(*(touch(pool, "a") for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(error, NotFoundError) for error in errors)
+        weights.with_suffix(".away").rename(weights)
+        await touch(pool, "a")
+
+    run(shelf, scenario)
+
+
+def test_a_requester_that_gives_up_does_not_stop_the_load_for_others(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        first, second = (asyncio.create_task(touch(pool, "a")) for _ in range(2))
+        while len(shelf.asked) < 2:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        first.cancel()
+        assert (await second).engine.alive
+
+    run(shelf, scenario)
+
+
+def test_closing_in_the_middle_of_a_load_leaves_no_process(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        loading = asyncio.create_task(touch(pool, "a"))
+        while not psutil.Process().children():
+            await asyncio.sleep(0.01)
+        await pool.close()
+        with pytest.raises((asyncio.CancelledError, EngineError)):
+            await loading
+        with pytest.raises(EngineError, match="shutting down"):
+            await touch(pool, "b")
+
+    run(shelf, scenario)
+
+
+def test_an_unknown_name_is_the_resolvers_error(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        with pytest.raises(NotFoundError, match="does not exist"):
+            await touch(pool, "z")
+
+    run(shelf, scenario)
