@@ -69,7 +69,7 @@ def _write_tokenizer(folder: Path) -> int:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
         "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
         "model_max_length": CONTEXT_TOKENS,
     }
@@ -94,7 +94,8 @@ def _write_weights(folder: Path, vocabulary_size: int) -> None:
         max_position_embeddings=CONTEXT_TOKENS,
         bos_token_id=SPECIAL_TOKENS.index("<|im_start|>"),
         eos_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
-        pad_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
+        # Not <|im_end|>: transformers starts the padding token's embedding at zero, and it could never be learned.
+        pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
         tie_word_embeddings=True,
         initializer_range=0.2,
     )

@@ -6,8 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +25,10 @@ from luthier.serve.pool import ModelPool, ServedModelInfo
 
 NAME = "ft:tiny:acme:greeter:abc123"
 ALIAS = "org/greeter@production"
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 KEY = "sk-test"
+LONG = 1900
+CHOICES = 64
 
 
 class Service:
@@ -69,12 +70,17 @@ def service(served_tiny_model: Path) -> Iterator[Service]:
     service.close()
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    return any(condition() or time.sleep(0.02) for _ in range(500))
+def assert_engine_is_free(service: Service) -> None:
+    """See that a full-length answer is the only one that the engine works on."""
+    (loaded,) = service.pool.loaded
+    before = loaded.engine.generated_tokens
+    service.client().chat.completions.create(model=NAME, **HELLO, max_tokens=LONG)
+    assert loaded.engine.generated_tokens - before < CHOICES * LONG / 10
+    assert loaded.engine.in_flight == 0
 
 
 def test_the_openai_client_gets_an_answer(service: Service) -> None:
-    answer = service.client().chat.completions.create(model=NAME, messages=HELLO, max_tokens=5)
+    answer = service.client().chat.completions.create(model=NAME, **HELLO, max_tokens=5)
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
@@ -84,7 +90,7 @@ def test_the_openai_client_gets_an_answer(service: Service) -> None:
 
 
 def test_the_openai_client_reads_a_stream(service: Service) -> None:
-    options = {"model": NAME, "messages": HELLO, "max_tokens": 25, "temperature": 1, "seed": 5}
+    options = {"model": NAME, "max_tokens": 25} | HELLO
     stream = service.client().chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -94,7 +100,7 @@ def test_the_openai_client_reads_a_stream(service: Service) -> None:
 
 
 def test_a_stream_ends_with_done(service: Service) -> None:
-    body = {"model": NAME, "messages": HELLO, "max_tokens": 3, "stream": True}
+    body = {"model": NAME, "max_tokens": 3, "stream": True} | HELLO
     response = httpx.post(f"{service.url}/v1/chat/completions", json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
     events = response.text.split("\n\n")
@@ -102,13 +108,10 @@ def test_a_stream_ends_with_done(service: Service) -> None:
     assert all(event.startswith("data: {") for event in events[:-2])
 
 
-def test_the_async_client_and_many_at_once(service: Service) -> None:
-    client = service.client()
+def test_many_clients_at_once_are_answered(service: Service) -> None:
+    create = service.client().chat.completions.create
     with ThreadPoolExecutor(10) as executor:
-        futures = [
-            executor.submit(client.chat.completions.create, model=ALIAS, messages=HELLO, max_tokens=20)
-            for _ in range(20)
-        ]
+        futures = [executor.submit(create, model=ALIAS, **HELLO, max_tokens=20) for _ in range(20)]
         assert all(future.result().usage.completion_tokens == 20 for future in futures)
 
 
@@ -123,7 +126,7 @@ def test_models_are_listed_and_retrieved_by_names_with_slashes_and_colons(servic
 
 def test_an_unknown_model_is_not_found(service: Service) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        service.client().chat.completions.create(model="nobody", messages=HELLO)
+        service.client().chat.completions.create(model="nobody", **HELLO)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     assert caught.value.request_id
 
@@ -131,10 +134,10 @@ def test_an_unknown_model_is_not_found(service: Service) -> None:
 def test_a_bad_option_is_a_bad_request_that_names_it(service: Service) -> None:
     client = service.client()
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=NAME, messages=HELLO, response_format={"type": "json_object"})
+        client.chat.completions.create(model=NAME, **HELLO, response_format={"type": "json_object"})
     assert caught.value.param == "response_format"
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=NAME, messages=HELLO, temperature=9)
+        client.chat.completions.create(model=NAME, messages=HELLO["messages"], temperature=9)
     assert caught.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "0 1 2 " * 3000}], stream=True)
@@ -172,32 +175,30 @@ def test_a_key_is_asked_for_where_one_is_set(served_tiny_model: Path) -> None:
 
 def test_a_client_that_leaves_a_stream_frees_the_engine(service: Service) -> None:
     client = service.client()
-    stream = client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=1900, stream=True)
+    stream = client.chat.completions.create(model=NAME, **HELLO, n=CHOICES, max_tokens=LONG, stream=True)
     next(iter(stream))
     stream.close()
-    (loaded,) = service.pool.loaded
-    assert until(lambda: loaded.engine.in_flight == 0)
+    assert_engine_is_free(service)
 
 
 def test_a_client_that_leaves_while_it_waits_frees_the_engine(service: Service) -> None:
-    service.client().chat.completions.create(model=NAME, messages=HELLO, max_tokens=1)
-    (loaded,) = service.pool.loaded
-    body = {"model": NAME, "messages": HELLO, "max_tokens": 500, "n": 64}
+    service.client().chat.completions.create(model=NAME, **HELLO, max_tokens=1)
+    body = {"model": NAME, "max_tokens": LONG, "n": CHOICES} | HELLO
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.2))
-    assert until(lambda: loaded.engine.in_flight == 0)
+    assert_engine_is_free(service)
 
 
 def test_a_killed_engine_fails_the_stream_and_the_next_request_is_answered(service: Service) -> None:
     client = service.client()
-    stream = client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=1900, stream=True)
+    stream = client.chat.completions.create(model=NAME, **HELLO, max_tokens=LONG, stream=True)
     chunks = iter(stream)
     next(chunks)
     (loaded,) = service.pool.loaded
     os.kill(loaded.engine.pid, signal.SIGKILL)
     with pytest.raises(openai.APIError, match=r"died \(signal 9\)"):
         list(chunks)
-    answer = client.chat.completions.create(model=NAME, messages=HELLO, max_tokens=3)
+    answer = client.chat.completions.create(model=NAME, **HELLO, max_tokens=3)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 3
     assert [model.engine.pid for model in service.pool.loaded] != [loaded.engine.pid]
@@ -209,7 +210,7 @@ def test_ten_concurrent_first_requests_start_one_engine(served_tiny_model: Path)
     client = service.client()
     with ThreadPoolExecutor(10) as executor:
         create = client.chat.completions.create
-        futures = [executor.submit(create, model=NAME, messages=HELLO, max_tokens=2) for _ in range(10)]
+        futures = [executor.submit(create, model=NAME, **HELLO, max_tokens=2) for _ in range(10)]
         assert all(future.result().choices for future in futures)
     started = {child.pid for child in psutil.Process().children()} - before
     assert len(started) == 1
@@ -238,7 +239,7 @@ def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(served_tiny_mo
         assert server.stderr is not None
         url = server.stdout.readline().strip()
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
-        assert client.chat.completions.create(model="x", messages=HELLO, max_tokens=1).choices
+        assert client.chat.completions.create(model="x", **HELLO, max_tokens=1).choices
         (engine,) = psutil.Process(server.pid).children()
         server.send_signal(signal.SIGTERM)
         server.wait(30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.errors import InputError
@@ -349,6 +349,7 @@ def test_known_fields_pass_the_check() -> None:
         text.check_fields(["text"])
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_values_are_never_read_as_templates_nor_escaped(value: str) -> None:
     assert HandlebarsText("[{{value}}]").render({"value": value}) == f"[{value}]"
@@ -398,6 +399,7 @@ PIECES += [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 def test_any_text_renders_or_is_an_input_error(source: str) -> None:
     try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from luthier.records.evaluation import Difference, Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Evaluations that were made, and every answer in them.")
-TITLES = {"base": "base", "few_shot": "base, few-shot", "tuned": "tuned"}
+TITLES = {"base": "base", "few_shot": "few-shot", "tuned": "tuned"}
 HEADINGS = {"macro_recall": "macro recall", "macro_f1": "macro F1", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
 SHOWN_METRICS = {
     "label": ("macro_recall", "accuracy", "macro_f1", "perplexity"),
@@ -101,28 +101,22 @@ def answers(
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
-    """Print scores, differences with intervals, and for label tasks what is taken for what."""
-    metrics = [m for m in SHOWN_METRICS[evaluation.task] if any(m in s.metrics for s in evaluation.scores.values())]
-    rows = []
-    for name, scores in evaluation.scores.items():
-        to_base = evaluation.differences.get(f"{name}_minus_base", {}).get(evaluation.metric)
-        rows.append(
-            (
-                TITLES.get(name, name),
-                *(f"{scores.metrics[m]:.3f}" if m in scores.metrics else "" for m in metrics),
-                _interval(to_base),
-                f"{scores.prompt_tokens_per_request:.0f}",
-                f"{scores.seconds_per_request:.3f}",
-            )
-        )
-    metric = _heading(evaluation.metric)
-    title = f"{evaluation.examples} held-out examples of {evaluation.dataset}; differences are in {metric}"
-    columns = ("contestant", *(f"#{_heading(m)}" for m in metrics))
-    columns += ("#against base (95 %)", "#prompt tokens", "#seconds/request")
-    show_table(title, columns, rows)
-    to_few_shot = evaluation.differences.get("tuned_minus_few_shot", {}).get(evaluation.metric)
-    if to_few_shot:
-        typer.echo(f"Tuned against few-shot, {_heading(evaluation.metric)}: {_interval(to_few_shot)}")
+    """Print a column per contestant: scores, difference to the base with its interval, tokens and seconds."""
+    columns = evaluation.scores.values()
+    metrics = [m for m in SHOWN_METRICS[evaluation.task] if any(m in scores.metrics for scores in columns)]
+    rows: list[tuple[str, ...]] = [
+        (_heading(m), *(f"{scores.metrics[m]:.3f}" if m in scores.metrics else "" for scores in columns))
+        for m in metrics
+    ]
+    for baseline in ("base", "few_shot"):
+        found = [evaluation.differences.get(f"{name}_minus_{baseline}", {}) for name in evaluation.scores]
+        if any(found):
+            cells = (_interval(differences.get(evaluation.metric)) for differences in found)
+            rows.append((f"{_heading(evaluation.metric)} against {TITLES[baseline]} (95 %)", *cells))
+    rows.append(("prompt tokens a request", *(f"{scores.prompt_tokens_per_request:.0f}" for scores in columns)))
+    rows.append(("seconds a request", *(f"{scores.seconds_per_request:.3f}" for scores in columns)))
+    title = f"{evaluation.examples} held-out examples of {evaluation.dataset}"
+    show_table(title, ("", *(f"#{TITLES.get(name, name)}" for name in evaluation.scores)), rows)
     _show_confusion(evaluation)
 
 
@@ -142,8 +136,8 @@ def _heading(metric: str) -> str:
 
 def _interval(difference: Difference | None) -> str:
     if difference is None:
-        return "-"
-    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+        return ""
+    return f"{difference.value:+.2f} ({difference.low:+.2f}…{difference.high:+.2f})"
 
 
 def _best(evaluation: Evaluation) -> str:

@@ -79,14 +79,13 @@ def list_models(as_json: bool = Json) -> None:
     )
     show_table(
         "Tuned models",
-        ("name", "dataset", "template", "#validation loss", "#served = trained", "made"),
+        ("name", "dataset", "#loss", "#parity", "made"),
         [
             (
                 m.name,
                 m.dataset,
-                m.template.reference if m.template else "",
                 f"{m.training.best_valid_loss:.3f}" if m.training.best_valid_loss is not None else "",
-                f"{m.parity.forms[-1].token_agreement:.1%}" if m.parity else "not measured",
+                f"{m.parity.forms[-1].token_agreement:.1%}" if m.parity else "-",
                 moment(m.created_at),
             )
             for m in tuned

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
 
     from luthier.records.run import Run, RunEvent
     from luthier.store.store import Store
@@ -45,15 +45,15 @@ def show_json(value: Any) -> None:
 
 
 def show_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns whose name begins with ``#`` are aligned to the right."""
+    """Print a table; columns whose name begins with ``#`` are aligned to the right, the first is never broken."""
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-    )
-    for column in columns:
-        table.add_column(column.lstrip("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, column in enumerate(columns):
+        justify: JustifyMethod = "right" if column.startswith("#") else "left"
+        # What stands first is a name that people copy: it is never broken over lines.
+        table.add_column(column.lstrip("#"), justify=justify, overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console().print(table)

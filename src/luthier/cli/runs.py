@@ -16,11 +16,8 @@ def list_runs(limit: int = typer.Option(20, help="How many."), as_json: bool = J
     if as_json:
         show_json(runs)
         return
-    rows = [
-        (run.id, run.status, run.attempts, moment(run.created_at), moment(run.finished_at), run.error or "")
-        for run in runs
-    ]
-    show_table(None, ("run", "status", "#attempts", "made", "finished", "error"), rows)
+    rows = [(run.id, run.status, run.attempts, moment(run.created_at), run.error or "") for run in runs]
+    show_table(None, ("run", "status", "#attempts", "made", "error"), rows)
 
 
 @app.command()

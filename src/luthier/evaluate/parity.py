@@ -17,7 +17,7 @@ from luthier.records.model import FormParity
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """An answer's tokens under one form: what the form would choose at each place, and each token's log-probability."""
+    """An answer under one form: the token that it would choose at each place, and the first tokens' log-probabilities."""
 
     chosen: Sequence[int]
     logprobs: Sequence[float] | None
@@ -35,7 +35,7 @@ def agreement(
         abs(a - b)
         for left, right in pairs
         if left.logprobs is not None and right.logprobs is not None
-        for a, b in zip(left.logprobs, right.logprobs, strict=True)
+        for a, b in zip(left.logprobs, right.logprobs, strict=False)
     ]
     return FormParity(
         form=form,

@@ -6,15 +6,18 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from luthier.errors import EngineError
 from luthier.jobs.worker import is_dead
 from luthier.records.run import Run, RunEvent, RunKind
 from luthier.store.store import Store
 
 POLL_SECONDS = 0.1
+WORKER = (sys.executable, "-m", "luthier.jobs.worker")
 LOG_FILE = "log.txt"
 OnEvent = Callable[[RunEvent], None]
 
@@ -25,9 +28,12 @@ def submit(store: Store, kind: RunKind, config: dict[str, Any]) -> Run:
     return store.runs.add(run_id, kind, config)
 
 
-def start(store: Store, run_id: str) -> subprocess.Popen[bytes]:
-    """Start a process that executes a run, and outlives this one. Its output goes to the run's log."""
-    command = [sys.executable, "-m", "luthier.jobs.worker", "--home", str(store.home), "--run", run_id]
+def start(store: Store, run_id: str, worker: Sequence[str] = WORKER) -> subprocess.Popen[bytes]:
+    """Start a process that executes a run, and outlives this one. Its output goes to the run's log.
+
+    ``worker`` is the command line to which ``--home HOME --run ID`` is added.
+    """
+    command = [*worker, "--home", str(store.home), "--run", run_id]
     with log_path(store, run_id).open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
@@ -37,10 +43,20 @@ def log_path(store: Store, run_id: str) -> Path:
     return store.run_folder(run_id) / LOG_FILE
 
 
-def follow(store: Store, run_id: str, on_event: OnEvent | None = None, *, after: int = 0) -> Run:
+def follow(
+    store: Store,
+    run_id: str,
+    on_event: OnEvent | None = None,
+    *,
+    after: int = 0,
+    worker: Sequence[str] = WORKER,
+) -> Run:
     """Pass on a run's events until it ends or pauses, and return it.
 
     A run whose process died is started again, as often as the queue allows.
+
+    Raises:
+        EngineError: a process that was started for it ended before it took the run up.
     """
     process: subprocess.Popen[bytes] | None = None
     while True:
@@ -53,7 +69,17 @@ def follow(store: Store, run_id: str, on_event: OnEvent | None = None, *, after:
             if process:
                 process.wait()
             return run
-        gone = run.status == "running" and run.owner is not None and is_dead(run.owner)
-        if (run.status == "queued" or gone) and (process is None or process.poll() is not None):
-            process = start(store, run_id)
+        if (run.status == "queued" or _lost_its_process(run)) and (process is None or process.poll() is not None):
+            if process and process.returncode and not store.runs.get(run_id).attempts:
+                raise EngineError(
+                    f"The process for run {run_id} ended with code {process.returncode} before it took the run up.",
+                    hint=f"luthier run logs --output {run_id}",
+                )
+            process = start(store, run_id, worker)
         time.sleep(POLL_SECONDS)
+
+
+def _lost_its_process(run: Run) -> bool:
+    if run.status != "running" or run.owner is None or run.lease_until is None:
+        return False
+    return is_dead(run.owner) or run.lease_until < datetime.now(UTC)

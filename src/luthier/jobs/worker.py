@@ -24,7 +24,7 @@ import psutil
 
 from luthier.errors import CapacityError, ConflictError, LuthierError, RunStopped
 from luthier.jobs.context import RunContext
-from luthier.records.run import Run, RunKind
+from luthier.records.run import Run, RunKind, RunRequest
 from luthier.store.artifacts import full_disk_is_an_error
 from luthier.store.store import Store
 
@@ -44,12 +44,13 @@ def this_owner() -> str:
 
 
 def is_dead(owner: str) -> bool:
-    """Return whether an owner is a process of this host that has ended."""
+    """Return whether an owner is a process of this host that has ended (its parent may not have noticed yet)."""
     host, pid, started = owner.split("/")
     if host != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 1.0
+        process = psutil.Process(int(pid))
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - float(started)) > 1.0
     except psutil.NoSuchProcess:
         return True
 
@@ -81,8 +82,8 @@ def _execute(store: Store, run: Run, owner: str, context: RunContext) -> None:
             result = _workflow(run.kind)(context)
         store.runs.finish(run.id, owner, "succeeded", result=result)
     except RunStopped as stopped:
-        store.runs.finish(run.id, owner, "cancelled" if context.request == "cancel" else "paused")
         store.runs.add_event(run.id, str(stopped), level="warning")
+        store.runs.finish(run.id, owner, "cancelled" if context.request == "cancel" else "paused")
     except CapacityError as error:
         # Out of disk: what is finished stays, and the run goes on when there is space again.
         store.runs.add_event(run.id, str(error), level="error")
@@ -92,7 +93,7 @@ def _execute(store: Store, run: Run, owner: str, context: RunContext) -> None:
         store.runs.finish(run.id, owner, "failed", error=str(error))
     except Exception as error:  # noqa: BLE001 - the one place where anything at all must become a status
         traceback.print_exc()
-        message = f"{type(error).__name__}: {error} (traceback: luthier run logs {run.id})"
+        message = f"{type(error).__name__}: {error} (traceback: luthier run logs --output {run.id})"
         store.runs.add_event(run.id, message, level="error")
         store.runs.finish(run.id, owner, "failed", error=message)
 
@@ -106,11 +107,20 @@ def _workflow(kind: RunKind) -> Callable[[RunContext], dict[str, Any]]:
 def _renew(store: Store, run: Run, owner: str, context: RunContext, stop: threading.Event) -> None:
     while not stop.wait(RENEW_SECONDS):
         try:
-            context.request = store.runs.renew(run.id, owner, LEASE_SECONDS)
-        except ConflictError:
-            if not stop.is_set():
-                log.error("run %s was taken over by another process; stopping", run.id)
-                os._exit(3)
+            context.request = _renew_once(store, run, owner)
+        except Exception:  # ending here would lose the lease while the run goes on
+            log.exception("the lease of run %s could not be renewed; trying again", run.id)
+
+
+def _renew_once(store: Store, run: Run, owner: str) -> RunRequest | None:
+    """Prolong the lease; end this process where the run has another owner by now."""
+    try:
+        return store.runs.renew(run.id, owner, LEASE_SECONDS)
+    except ConflictError:
+        if store.runs.get(run.id).owner is None:  # it has just ended
+            return None
+        log.error("run %s was taken over by another process; stopping", run.id)
+        os._exit(3)
 
 
 def main() -> None:

@@ -69,6 +69,7 @@ class EngineProcess:
     _answers: dict[int, asyncio.Queue[Outcome]] = field(default_factory=dict)
     _ids: itertools.count[int] = field(default_factory=itertools.count)
     _death: str | None = None
+    _generated_tokens: int = 0
 
     @classmethod
     async def start(
@@ -112,6 +113,11 @@ class EngineProcess:
         """How many answers are being generated or waited for."""
         return len(self._answers)
 
+    @property
+    def generated_tokens(self) -> int:
+        """How many tokens the engine has made so far, those of cancelled answers too."""
+        return self._generated_tokens
+
     async def generate(
         self, prompt_tokens: Sequence[int], sampling: Sampling, stop_tokens: Sequence[int]
     ) -> AsyncGenerator[TokenDelta, None]:
@@ -147,11 +153,10 @@ class EngineProcess:
             self._fail_all("was closed")
             self._send({"op": "shutdown"})
         try:
-            await asyncio.wait_for(self._process.wait(), CLOSE_DEADLINE_SECONDS)
-        except TimeoutError:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), CLOSE_DEADLINE_SECONDS)
+        finally:
             await self._kill()
-        self._writer.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _wait_ready(self) -> None:
         line = await self._reader.readline()
@@ -173,6 +178,7 @@ class EngineProcess:
         if message["op"] == "error" and message["id"] in self._answers:
             self._answers[message["id"]].put_nowait(EngineError(message["message"]))
         for request, tokens, logprobs, finish_reason in message.get("deltas", ()):
+            self._generated_tokens += len(tokens)
             if request in self._answers:
                 self._answers[request].put_nowait(TokenDelta(tuple(tokens), tuple(logprobs), finish_reason))
 
@@ -199,6 +205,7 @@ class EngineProcess:
                 self._process.kill()
         await self._process.wait()
         self._writer.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def _spawn(folder: Path, options: EngineOptions) -> EngineProcess:

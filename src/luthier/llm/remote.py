@@ -31,6 +31,7 @@ class RemoteModel:
         model: The endpoint's name for the model; also this model's name.
         api_key: Sent as a bearer token; None where the endpoint needs none.
         want_logprobs: Ask for the chosen tokens' logprobs, which not every endpoint gives.
+        want_tokens: Ask for the tokens themselves (``return_token_ids``), which vLLM and Luthier give.
         max_tokens_field: OpenAI's newer models only take ``max_completion_tokens``; many others only ``max_tokens``.
         backoff_seconds: The first wait before a retry; it doubles each time.
     """
@@ -42,11 +43,14 @@ class RemoteModel:
         api_key: str | None = None,
         *,
         want_logprobs: bool = False,
+        want_tokens: bool = False,
         max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         backoff_seconds: float = 0.5,
     ) -> None:
         self._model = model
-        self._want_logprobs = want_logprobs
+        self._extras = ({"logprobs": True} if want_logprobs else {}) | (
+            {"return_token_ids": True} if want_tokens else {}
+        )
         self._max_tokens_field = max_tokens_field
         self._backoff_seconds = backoff_seconds
         self._closing = threading.Event()
@@ -113,7 +117,7 @@ class RemoteModel:
             include={"top_p", "seed", "stop", "frequency_penalty", "presence_penalty"}, exclude_defaults=True
         )
         body |= {key: list(value) if key == "stop" else value for key, value in optional.items()}
-        return body | ({"logprobs": True} if self._want_logprobs else {})
+        return body | self._extras
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -141,6 +145,7 @@ def _completion(body: dict[str, Any], seconds: float) -> Completion:
     content = (choice.get("logprobs") or {}).get("content")
     return Completion(
         text=choice["message"].get("content") or "",
+        tokens=tuple(tokens) if (tokens := choice.get("token_ids")) is not None else None,
         logprobs=tuple(entry["logprob"] for entry in content) if content else None,
         finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
         prompt_tokens=usage.get("prompt_tokens") or 0,

@@ -163,7 +163,9 @@ def _sampling(request: ChatRequest, max_tokens: int, index: int) -> Sampling:
 
 
 def _full_choice(chat: Chat, choice: Choice) -> Dict:
+    token_ids = {"token_ids": choice.tokens} if chat.request.return_token_ids else {}
     return {
+        **token_ids,
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []},
         "logprobs": _logprobs(chat, choice.tokens, choice.logprobs),

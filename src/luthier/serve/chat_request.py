@@ -58,7 +58,10 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request for one or more answers to a conversation. None is what OpenAI's default is."""
+    """A request for one or more answers to a conversation. None is what OpenAI's default is.
+
+    ``return_token_ids`` is vLLM's: the answer's tokens come along as numbers, so that a caller can compare them.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -76,6 +79,7 @@ class ChatRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logprobs: bool | None = None
+    return_token_ids: bool | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from luthier.errors import CapacityError, ConflictError, IntegrityError
@@ -57,13 +57,13 @@ class Artifacts:
         if target.exists():
             raise ConflictError(f"The artifact {key!r} exists already; artifacts are never changed.")
         staged = self.root / STAGING / f"{os.getpid()}-{uuid.uuid4().hex}"
-        staged.mkdir()
         try:
-            with full_disk_is_an_error(staged):
+            with full_disk_is_an_error(self.root):
+                staged.mkdir()
                 yield staged
                 _sync(staged)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                staged.rename(target)
+                _rename(staged, target, key)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -78,8 +78,9 @@ class Artifacts:
     def clear_stale_staging(self) -> None:
         """Delete what processes that died more than a day ago left in staging."""
         for folder in (self.root / STAGING).iterdir():
-            if time.time() - folder.stat().st_mtime > STALE_STAGING_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):  # its process has finished it meanwhile
+                if time.time() - folder.stat().st_mtime > STALE_STAGING_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -139,3 +140,12 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _rename(staged: Path, target: Path, key: str) -> None:
+    try:
+        staged.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ConflictError(f"The artifact {key!r} was made by another process meanwhile.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from luthier.errors import ConflictError
+from luthier.errors import CapacityError, ConflictError
 
 HEAD = "0001"
 BUSY_TIMEOUT_MS = 30_000
@@ -31,8 +32,16 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Begin a transaction that writes: all of it happens, or nothing. SQLite takes its one write lock at once."""
-        with self.engine.connect().execution_options(luthier_write=True) as connection, connection.begin():
+        """Begin a transaction that writes: all of it happens, or nothing. SQLite takes its one write lock at once.
+
+        Raises:
+            CapacityError: the disk is full.
+        """
+        with (
+            _full_disk_is_an_error(),
+            self.engine.connect().execution_options(luthier_write=True) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     @contextmanager
@@ -64,6 +73,18 @@ class Database:
                 )
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+
+@contextmanager
+def _full_disk_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+            raise
+        raise CapacityError(
+            "The disk is full: the database cannot grow.", hint="free some space, then go on with: luthier run resume"
+        ) from error
 
 
 def _version(connection: sa.Connection) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from luthier.errors import IntegrityError
 from luthier.records.dataset import DatasetKind, DatasetVersion, ImportReport, SplitReport
@@ -94,17 +95,21 @@ class DatasetStore:
         """Yield the examples of a version, or of one side of its split, in their order.
 
         Raises:
-            IntegrityError: the file is not the recorded one (checked once all of it was read).
+            IntegrityError: the file is not the recorded one (known for sure once all of it was read).
         """
         digest = hashlib.sha256()
-        with (self._artifacts.path(dataset.folder) / EXAMPLES_FILE).open("rb") as file:
-            for line in file:
-                digest.update(line)
-                example = Example.model_validate_json(line)
-                if split is None or example.split == split:
-                    yield example
+        damaged = IntegrityError(f"The examples of {dataset.reference} on disk are not the recorded ones.")
+        try:
+            with (self._artifacts.path(dataset.folder) / EXAMPLES_FILE).open("rb") as file:
+                for line in file:
+                    digest.update(line)
+                    example = Example.model_validate_json(line)
+                    if split is None or example.split == split:
+                        yield example
+        except (FileNotFoundError, ValidationError) as error:
+            raise damaged from error
         if digest.hexdigest() != dataset.content_hash:
-            raise IntegrityError(f"The examples of {dataset.reference} on disk are not the recorded ones.")
+            raise damaged
 
     def with_splits(self, dataset: DatasetVersion, sides: Iterable[SplitName]) -> Iterator[Example]:
         """Yield the examples of a version with new sides, given in the examples' order."""

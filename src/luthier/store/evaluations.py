@@ -35,7 +35,8 @@ class EvaluationStore:
             connection.execute(sa.delete(answers).where(answers.c.evaluation_id == evaluation.id))
             connection.execute(sa.delete(evaluations).where(evaluations.c.id == evaluation.id))
             connection.execute(sa.insert(evaluations).values(**row, record=record))
-            connection.execute(sa.insert(answers), lines)
+            if lines:
+                connection.execute(sa.insert(answers), lines)
 
     def get(self, evaluation_id: str) -> Evaluation:
         """Return an evaluation.

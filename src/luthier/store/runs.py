@@ -140,10 +140,10 @@ class RunStore:
         run = self.get(run_id)
         if run.status == "succeeded":
             raise ConflictError(f"Run {run_id} has already succeeded.")
-        if run.status in ("paused", "failed", "cancelled"):
-            fresh = {"status": "queued", "request": None, "error": None, "attempts": 0, "finished_at": None}
-            with self._database.write() as connection:
-                connection.execute(sa.update(runs).where(runs.c.id == run_id).values(**fresh))
+        fresh = {"status": "queued", "request": None, "error": None, "attempts": 0, "finished_at": None}
+        stopped = (runs.c.id == run_id) & runs.c.status.in_(("paused", "failed", "cancelled"))
+        with self._database.write() as connection:
+            connection.execute(sa.update(runs).where(stopped).values(**fresh))
         return self.get(run_id)
 
     def add_event(

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from luthier.errors import InputError, NotFoundError, did_you_mean
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def check_name(name: str, noun: str) -> str:
@@ -17,7 +17,7 @@ def check_name(name: str, noun: str) -> str:
     Raises:
         InputError: it is not 1 to 64 letters, digits, ``.``, ``_`` or ``-``, beginning with a letter or digit.
     """
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         raise InputError(f"The {noun} name {name!r} is not 1 to 64 of the letters A-Z a-z 0-9 . _ -")
     return name
 
@@ -31,7 +31,7 @@ def parse_reference(reference: str, noun: str) -> tuple[str, int | None]:
     name, at, version = reference.partition("@")
     if not at:
         return name, None
-    if not version.isdigit() or int(version) < 1:
+    if not version.isdecimal() or int(version) < 1:
         raise InputError(f"The {noun} version in {reference!r} is not a whole number above 0.")
     return name, int(version)
 

@@ -112,7 +112,7 @@ class ChatFormat:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise InputError(f"The chat template of the base model refuses these messages: {error}") from error
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:

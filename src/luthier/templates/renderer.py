@@ -175,7 +175,8 @@ def _shorten(messages: Sequence[Message], chat_format: ChatFormat, max_tokens: i
     longest = max(sizes, key=lambda i: sizes[i])
     content = chat_format.encode(messages[longest].content)
     while True:
-        text = chat_format.tokenizer.decode(content, skip_special_tokens=False)
+        # A character of several tokens that was cut in two decodes to U+FFFD at the end.
+        text = chat_format.tokenizer.decode(content, skip_special_tokens=False).rstrip("\ufffd")
         shorter = [
             *messages[:longest],
             messages[longest].model_copy(update={"content": text}),

@@ -11,9 +11,9 @@ from luthier.records.training import Resolved, TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample
 from luthier.train.hyperparameters import resolve
 
-PROCESS_BYTES = 700e6  # the interpreter with torch and transformers loaded, no model
+PROCESS_BYTES = 900e6  # the interpreter with torch and transformers loaded, no model
 LORA_INPUTS = 7  # linear layers per decoder layer that carry an adapter
-USEFUL_SHARE = 0.45  # of the measured matrix rate that a whole training step reaches
+USEFUL_SHARE = 0.33  # of the measured matrix rate that a whole training step reaches
 SECONDS_TO_START = 8.0
 
 
@@ -37,6 +37,7 @@ def plan_training(
     resolved, steps, reasons = resolve(config, len(examples), longest, shape, machine)
     prefix = shared_prefix([*examples, *validation])
     computed = computed_tokens(examples, prefix, resolved.tokens_per_row, resolved.batch_size)
+    validated = computed_tokens(validation, prefix, resolved.tokens_per_row, len(validation) or 1)
     memory = memory_bytes(resolved, shape, _most_targets(examples, resolved))
     plan = TrainingPlan(
         examples=len(examples),
@@ -52,7 +53,7 @@ def plan_training(
         resolved=resolved,
         memory_bytes=memory,
         machine_memory_bytes=machine.memory_bytes,
-        seconds=_seconds(computed, resolved, shape, machine),
+        seconds=_seconds(computed * resolved.epochs, validated * steps / resolved.validate_every, shape, machine),
         reasons=tuple(reasons),
     )
     _refuse_what_cannot_fit(plan)
@@ -64,7 +65,7 @@ def memory_bytes(resolved: Resolved, shape: ModelShape, targets: int) -> int:
     number = 2 if resolved.precision == "bfloat16" else 4
     base = shape.parameters * number
     adapter = shape.layers * resolved.lora_rank * (LORA_INPUTS * 2 * shape.width + 3 * shape.intermediate)
-    per_token = shape.layers * (20 * shape.width + 8 * shape.intermediate) * number
+    per_token = shape.layers * (34 * shape.width + 14 * shape.intermediate) * number
     logits = targets * shape.vocabulary * 4 * 3
     return int(PROCESS_BYTES + base + adapter * 16 + resolved.tokens_per_row * per_token + logits)
 
@@ -74,9 +75,9 @@ def _most_targets(examples: Sequence[TokenizedExample], resolved: Resolved) -> i
     return int(share * resolved.tokens_per_row) + 1
 
 
-def _seconds(computed: int, resolved: Resolved, shape: ModelShape, machine: Machine) -> float:
+def _seconds(trained: float, validated: float, shape: ModelShape, machine: Machine) -> float:
     # Forward 2, gradient of the activations 2 operations per parameter and token; frozen weights get no gradient.
-    operations = 4 * shape.linear_parameters * computed * resolved.epochs
+    operations = shape.linear_parameters * (4 * trained + 2 * validated)
     return round(SECONDS_TO_START + operations / (machine.matmul_flops * USEFUL_SHARE), 1)
 
 

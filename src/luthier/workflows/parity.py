@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from luthier.errors import EngineError
 from luthier.evaluate.engine.scoring import Scorer
 from luthier.evaluate.parity import ScoredAnswer, agreement
 from luthier.llm.local import LocalModel
@@ -38,10 +39,10 @@ def measure_parity(
     prompts = [conversation.prompt for conversation in held_out]
     exported = _ask(LocalModel(folders["gguf-q8_0"], name), prompts)
     with server_process(store.home, {name: folders["gguf-q8_0"]}) as url:
-        served = _ask(RemoteModel(f"{url}/v1", name, want_logprobs=True), prompts)
+        served = _ask(RemoteModel(f"{url}/v1", name, want_logprobs=True, want_tokens=True), prompts)
     prompt_tokens = [chat_format.prompt_tokens(prompt) for prompt in prompts]
-    answers = [_answer_tokens(completion, chat_format) for completion in exported]
-    served_answers = [_answer_tokens(completion, chat_format) for completion in served]
+    answers = [_answer_tokens(completion) for completion in exported]
+    served_answers = [_answer_tokens(completion) for completion in served]
     reference = Scorer(base_folder, folders["adapter"])
     adapter = reference.score(prompt_tokens, answers)
     adapter_on_served = adapter if served_answers == answers else reference.score(prompt_tokens, served_answers)
@@ -62,18 +63,12 @@ def _ask(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Completion]:
         model.close()
 
 
-def _answer_tokens(completion: Completion, chat_format: ChatFormat) -> list[int]:
-    """Return an answer's tokens; where only its text came over the wire, the text's tokens and its end of turn."""
-    if completion.tokens is not None:
-        return list(completion.tokens)
-    end = [min(chat_format.stop_tokens)] if completion.finish_reason == "stop" else []
-    return [*chat_format.encode(completion.text), *end]
+def _answer_tokens(completion: Completion) -> list[int]:
+    if completion.tokens is None:
+        raise EngineError("The server gave no tokens for an answer, so it cannot be compared.")
+    return list(completion.tokens)
 
 
 def _as_scored(completions: Sequence[Completion], answers: Sequence[Sequence[int]]) -> list[ScoredAnswer]:
-    return [
-        ScoredAnswer(
-            answer, completion.logprobs if completion.logprobs and len(completion.logprobs) == len(answer) else None
-        )
-        for completion, answer in zip(completions, answers, strict=True)
-    ]
+    """Return what a form answered; it chose each of its own tokens (an end of turn may come without a logprob)."""
+    return [ScoredAnswer(answer, completion.logprobs) for completion, answer in zip(completions, answers, strict=True)]

@@ -1,0 +1,95 @@
+"""The command line as a person uses it: in a process of its own, in an empty home."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from luthier.store.store import Store
+from luthier.workflows.models import pull
+from tests.workflows.conftest import write_questions
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def luthier(home: Path, *arguments: str, ok: bool = True, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "luthier", *arguments]
+    environment = {**os.environ, "LUTHIER_HOME": str(home), "COLUMNS": "120"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, input=given)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_does_not_import_heavy_libraries() -> None:
+    script = (
+        "import sys, luthier.cli.main as m\ntry: m.app(['--help'])\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1]
+    assert "Tune language models" in done.stdout
+    for heavy in ("torch", "transformers", "openvino", "sqlalchemy", "pydantic"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_a_newcomer_gets_from_a_file_to_a_plan(home: Path, tmp_path: Path, tiny_base: Path) -> None:
+    questions = write_questions(tmp_path / "questions.csv")
+    luthier(home, "model", "pull", str(tiny_base))
+    assert "120 examples taken, 0 rows left out" in luthier(home, "dataset", "import", str(questions)).stdout
+    divided = luthier(home, "dataset", "split", "questions", "--label", "label", "--near", "0").stdout
+    assert "train" in divided
+    luthier(home, "template", "save", "answer", "--user", "{{text}}", "--assistant", "{{label}}")
+    shown = luthier(home, "template", "preview", "questions", "answer", "--base", "tiny-base").stdout
+    assert "Tokens with loss" in shown
+    plan = json.loads(
+        luthier(
+            home, "train", "questions", "-t", "answer", "-b", "tiny-base", "--plan", "-o", "epochs=2", "--json"
+        ).stdout
+    )
+    assert plan["resolved"]["epochs"] == 2
+    assert plan["reasons"]
+
+
+def test_all_bad_options_are_named_at_once(home: Path, tmp_path: Path) -> None:
+    luthier(home, "dataset", "import", str(write_questions(tmp_path / "questions.csv")))
+    failed = luthier(home, "train", "questions", "-o", "epocs=2", "-o", "lora_dropout=3", ok=False)
+    assert "Did you mean 'epochs'?" in failed.stderr
+    assert "lora_dropout" in failed.stderr
+
+
+def test_bad_rows_are_listed_with_their_lines(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("a;b\n1;2\n3\n4;5;6\n7;8\n", "utf-8")
+    shown = luthier(home, "dataset", "import", str(path)).stdout
+    assert "2 examples taken, 2 rows left out" in shown
+    assert "line 3" in shown
+    assert "line 4" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dataset", "show", "nothing"), "There is no dataset 'nothing'"),
+        (("dataset", "import", "missing.csv"), "missing.csv"),
+        (("run", "logs", "train-0"), "There is no run 'train-0'"),
+        (("model", "show", "ft:x"), "There is no tuned model 'ft:x'"),
+        (("model", "export", "x", "--form", "gguf", "--to", "y"), "There is no form 'gguf'"),
+        (("serve", "--host", "0.0.0.0"), "no key is set"),  # noqa: S104 - is refused
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(home: Path, arguments: tuple[str, ...], message: str) -> None:
+    assert message in luthier(home, *arguments, ok=False).stderr
+
+
+def test_a_model_chats_in_the_terminal(home: Path, tiny_base: Path) -> None:
+    pull(Store(home), str(tiny_base))
+    done = luthier(home, "chat", "tiny-base", "--temperature", "0", "--max-tokens", "4", given="hello\n\n")
+    assert "tiny-base" in done.stderr
