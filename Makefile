@@ -8,6 +8,7 @@ DEV := $(shell sed -n '/^dev = \[/,/^\]/p' pyproject.toml | sed -n 's/^ *"\(.*\)
 .PHONY: demo test check fix setup
 
 demo: setup
+	$(BIN)/luthier model pull
 	$(BIN)/luthier demo
 
 test: setup

@@ -51,6 +51,23 @@ def served_tiny_model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.fixture(scope="session")
+def endless_model(served_tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a served model folder whose greedy answers only end at their limit.
+
+    Its end-of-turn token is the padding token, whose embedding is zero: some other token always scores higher.
+    """
+    folder = Path(shutil.copytree(served_tiny_model, tmp_path_factory.mktemp("served") / "endless"))
+    for name, change in {
+        "config.json": {"eos_token_id": SPECIAL_TOKENS.index("<|endoftext|>")},
+        "generation_config.json": {"eos_token_id": SPECIAL_TOKENS.index("<|endoftext|>")},
+        "tokenizer_config.json": {"eos_token": "<|endoftext|>"},
+    }.items():
+        settings = json.loads((folder / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps(settings | change), "utf-8")
+    return folder
+
+
 def _write_tokenizer(folder: Path) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -64,8 +64,8 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(served_tiny_model: Path) -> Iterator[Service]:
-    service = Service(served_tiny_model)
+def service(endless_model: Path) -> Iterator[Service]:
+    service = Service(endless_model)
     yield service
     service.close()
 
@@ -144,8 +144,8 @@ def test_a_bad_option_is_a_bad_request_that_names_it(service: Service) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_broken_and_oversized_bodies_are_refused(served_tiny_model: Path) -> None:
-    service = Service(served_tiny_model, max_body_bytes=1000)
+def test_broken_and_oversized_bodies_are_refused(endless_model: Path) -> None:
+    service = Service(endless_model, max_body_bytes=1000)
     try:
         url = f"{service.url}/v1/chat/completions"
         assert httpx.post(url, content=b"{nope").json()["error"]["type"] == "invalid_request_error"
@@ -160,8 +160,8 @@ def test_broken_and_oversized_bodies_are_refused(served_tiny_model: Path) -> Non
         service.close()
 
 
-def test_a_key_is_asked_for_where_one_is_set(served_tiny_model: Path) -> None:
-    service = Service(served_tiny_model, api_key=KEY)
+def test_a_key_is_asked_for_where_one_is_set(endless_model: Path) -> None:
+    service = Service(endless_model, api_key=KEY)
     try:
         assert list(service.client().models.list())
         with pytest.raises(openai.AuthenticationError) as caught:
@@ -204,9 +204,9 @@ def test_a_killed_engine_fails_the_stream_and_the_next_request_is_answered(servi
     assert [model.engine.pid for model in service.pool.loaded] != [loaded.engine.pid]
 
 
-def test_ten_concurrent_first_requests_start_one_engine(served_tiny_model: Path) -> None:
+def test_ten_concurrent_first_requests_start_one_engine(endless_model: Path) -> None:
     before = {child.pid for child in psutil.Process().children()}
-    service = Service(served_tiny_model)
+    service = Service(endless_model)
     client = service.client()
     with ThreadPoolExecutor(10) as executor:
         create = client.chat.completions.create
@@ -222,18 +222,19 @@ def test_our_own_remote_model_can_ask_our_server(service: Service) -> None:
     model = RemoteModel(f"{service.url}/v1", NAME, want_logprobs=True)
     prompts = [[Message(role="user", content=f"number {number}")] for number in range(5)]
     completions = model.answer(prompts, Sampling(max_tokens=4))
+    model.close()
     assert [completion.completion_tokens for completion in completions] == [4] * 5
     assert all(completion.logprobs is not None and len(completion.logprobs) == 4 for completion in completions)
 
 
-def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(served_tiny_model: Path) -> None:
+def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(endless_model: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom luthier.api.app import create_app\n"
         "from luthier.api.server import serve\nfrom luthier.serve.pool import ModelPool\n"
         "pool = ModelPool(lambda name: Path(sys.argv[1]), list)\n"
         "serve(create_app(pool), '127.0.0.1', 0, lambda url: print(url, flush=True))"
     )
-    command = [sys.executable, "-c", code, str(served_tiny_model)]
+    command = [sys.executable, "-c", code, str(endless_model)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stderr is not None
@@ -248,8 +249,8 @@ def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(served_tiny_mo
     assert not engine.is_running()
 
 
-def test_a_taken_port_and_a_foreign_address_are_told(served_tiny_model: Path) -> None:
-    app = create_app(ModelPool(lambda _: served_tiny_model, list))
+def test_a_taken_port_and_a_foreign_address_are_told(endless_model: Path) -> None:
+    app = create_app(ModelPool(lambda _: endless_model, list))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -24,8 +24,8 @@ def ask(text: str) -> list[Message]:
 
 
 @pytest.fixture(scope="module")
-def model(served_tiny_model: Path) -> Iterator[LocalModel]:
-    with LocalModel(served_tiny_model, "tiny", EngineOptions(precision="float32")) as model:
+def model(endless_model: Path) -> Iterator[LocalModel]:
+    with LocalModel(endless_model, "tiny", EngineOptions(precision="float32")) as model:
         yield model
 
 
@@ -108,9 +108,9 @@ def test_no_prompts_no_answers(model: LocalModel) -> None:
     assert model.answer([], SHORT) == []
 
 
-def test_a_dead_engine_is_an_error_and_closing_still_works(served_tiny_model: Path) -> None:
-    model = LocalModel(served_tiny_model, "tiny")
-    (engine,) = [child for child in psutil.Process().children() if str(served_tiny_model) in child.cmdline()][-1:]
+def test_a_dead_engine_is_an_error_and_closing_still_works(endless_model: Path) -> None:
+    model = LocalModel(endless_model, "tiny")
+    (engine,) = [child for child in psutil.Process().children() if str(endless_model) in child.cmdline()][-1:]
     stream = model.stream(ask("hello"), Sampling(max_tokens=1500))
     next(stream)
     os.kill(engine.pid, signal.SIGKILL)
@@ -119,9 +119,9 @@ def test_a_dead_engine_is_an_error_and_closing_still_works(served_tiny_model: Pa
     model.close()
 
 
-def test_closing_leaves_no_process_and_further_calls_are_errors(served_tiny_model: Path) -> None:
+def test_closing_leaves_no_process_and_further_calls_are_errors(endless_model: Path) -> None:
     before = {child.pid for child in psutil.Process().children()}
-    model = LocalModel(served_tiny_model, "tiny")
+    model = LocalModel(endless_model, "tiny")
     model.close()
     model.close()
     assert {child.pid for child in psutil.Process().children()} == before
@@ -129,8 +129,8 @@ def test_closing_leaves_no_process_and_further_calls_are_errors(served_tiny_mode
         model.answer([ask("hello")], SHORT)
 
 
-def test_a_folder_without_weights_is_not_found_and_leaves_no_thread(served_tiny_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(served_tiny_model, tmp_path, dirs_exist_ok=True)
+def test_a_folder_without_weights_is_not_found_and_leaves_no_thread(endless_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(endless_model, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.gguf").unlink()
     threads = threading.active_count()
     with pytest.raises(NotFoundError):
