@@ -33,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--home", type=Path, default=None, help="a home with the base model; a temporary one if not given")
+    parser.add_argument(
+        "--home", type=Path, default=None, help="a home with the base model; a temporary one if not given"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -18,7 +18,7 @@ from luthier.records.example import Conversation, Message
 from luthier.store.artifacts import check_hashes
 from luthier.templates.chat_format import ChatFormat
 from luthier.workflows.evaluation import side_by_side
-from luthier.workflows.models import export, served_folder
+from luthier.workflows.models import SERVED_FORM, export, served_folder
 from luthier.workflows.parity import measure_parity
 from luthier.workflows.serving import server_process
 from tests.workflows.conftest import Way
@@ -73,7 +73,7 @@ def test_all_forms_agree_with_the_adapter(way: Way) -> None:
 def test_another_model_in_the_place_of_the_export_is_a_drift(way: Way, tiny_base: Path) -> None:
     store, model = way.store, way.model
     base_gguf = served_folder(store, "tiny-base")
-    wrong = model.artifacts["gguf-q8_0"].model_copy(
+    wrong = model.artifacts[SERVED_FORM].model_copy(
         update={"path": base_gguf.relative_to(store.artifacts.root).as_posix()}
     )
     held_out = [
@@ -81,7 +81,7 @@ def test_another_model_in_the_place_of_the_export_is_a_drift(way: Way, tiny_base
                                                   Message(role="assistant", content="no")))
         for i in range(4)
     ]  # fmt: skip
-    parity = measure_parity(store, model.name, tiny_base, {**model.artifacts, "gguf-q8_0": wrong}, held_out, 0.9)
+    parity = measure_parity(store, model.name, tiny_base, {**model.artifacts, SERVED_FORM: wrong}, held_out, 0.9)
     assert not parity.passed
 
 

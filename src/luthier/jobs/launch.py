@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from luthier.store.store import Store
 POLL_SECONDS = 0.1
 WORKER = (sys.executable, "-m", "luthier.jobs.worker")
 LOG_FILE = "log.txt"
+# OpenMP's threads spin at every barrier, which is harmless alone and stops a run almost dead where another process (a
+# server, say) wants the same cores: docs/measurements.md has both cases.
+SHARES_ITS_CORES = {"GOMP_SPINCOUNT": "1000"}
 OnEvent = Callable[[RunEvent], None]
 
 
@@ -34,8 +38,11 @@ def start(store: Store, run_id: str, worker: Sequence[str] = WORKER) -> subproce
     ``worker`` is the command line to which ``--home HOME --run ID`` is added.
     """
     command = [*worker, "--home", str(store.home), "--run", run_id]
+    environment = SHARES_ITS_CORES | os.environ
     with log_path(store, run_id).open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
 
 
 def log_path(store: Store, run_id: str) -> Path:

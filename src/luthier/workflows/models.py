@@ -19,8 +19,11 @@ from luthier.store.artifacts import file_hashes
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 
+GgufForm = Literal["gguf-q8_0", "gguf-f16"]
 ExportFormat = Literal["adapter", "merged", "gguf-q8_0", "gguf-f16"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = ("adapter", "merged", "gguf-q8_0", "gguf-f16")
+SERVED_FORM: GgufForm = "gguf-f16"  # the more faithful one; docs/decisions/0003-engine-numerics.md
+QUANTIZATIONS: dict[GgufForm, Literal["q8_0", "f16"]] = {"gguf-q8_0": "q8_0", "gguf-f16": "f16"}
 GGUF_FILE = "model.gguf"
 OnStage = Callable[[str], None]
 
@@ -88,7 +91,7 @@ def served_folder(store: Store, name: str) -> Path:
         InputError: the base model has no GGUF form.
     """
     if name.startswith("ft:"):
-        return store.models.artifact_folder(store.models.get(name).artifacts["gguf-q8_0"])
+        return store.models.artifact_folder(store.models.get(name).artifacts[SERVED_FORM])
     info = store.models.base(name)
     folder = _base_gguf_folder(store, info)
     if not (folder / GGUF_FILE).is_file():
@@ -99,7 +102,7 @@ def served_folder(store: Store, name: str) -> Path:
 
 
 def export(store: Store, name: str, form: ExportFormat, destination: Path) -> Artifact:
-    """Copy one form of a tuned model to an empty or new folder; a GGUF in float16 is made on first use.
+    """Copy one form of a tuned model to an empty or new folder; another GGUF form than the served one is made on first use.
 
     Raises:
         NotFoundError: there is no such model.
@@ -122,19 +125,19 @@ def export(store: Store, name: str, form: ExportFormat, destination: Path) -> Ar
     return artifact
 
 
-def make_gguf(store: Store, name: str, form: Literal["gguf-q8_0", "gguf-f16"], merged: Path) -> Artifact:
+def make_gguf(store: Store, name: str, form: GgufForm, merged: Path) -> Artifact:
     """Make a GGUF form of a tuned model from its merged folder."""
     from luthier.compress.engine.gguf import write_gguf
 
     def fill(folder: Path) -> None:
-        write_gguf(merged, folder / GGUF_FILE, "q8_0" if form == "gguf-q8_0" else "f16", name)
+        write_gguf(merged, folder / GGUF_FILE, QUANTIZATIONS[form], name)
         _copy_chat_format(merged, folder)
 
     return store.models.add_artifact(name, form, fill)
 
 
 def _add_form(store: Store, model: TunedModel, form: ExportFormat) -> TunedModel:
-    if form != "gguf-f16":
+    if form == "adapter" or form == "merged":
         raise InputError(f"{model.name} has no form {form!r}; it has {', '.join(model.artifacts)}.")
     merged = store.models.artifact_folder(model.artifacts["merged"])
     artifact = make_gguf(store, model.name, form, merged)
@@ -198,7 +201,7 @@ def _count_parameters(folder: Path) -> int:
 
 
 def _base_gguf_folder(store: Store, info: BaseModelInfo) -> Path:
-    return store.artifacts.path(f"bases/{folder_name(info.id)}/gguf-q8_0")
+    return store.artifacts.path(f"bases/{folder_name(info.id)}/{SERVED_FORM}")
 
 
 def _base_gguf(store: Store, info: BaseModelInfo) -> None:
@@ -206,11 +209,11 @@ def _base_gguf(store: Store, info: BaseModelInfo) -> None:
     from luthier.compress.engine.gguf import write_gguf
 
     if _base_gguf_folder(store, info).exists():
-        store.artifacts.remove(f"bases/{folder_name(info.id)}/gguf-q8_0")
+        store.artifacts.remove(f"bases/{folder_name(info.id)}/{SERVED_FORM}")
     source = store.artifacts.path(info.folder)
     try:
-        with store.artifacts.new(f"bases/{folder_name(info.id)}/gguf-q8_0") as folder:
-            write_gguf(source, folder / GGUF_FILE, "q8_0", info.id)
+        with store.artifacts.new(f"bases/{folder_name(info.id)}/{SERVED_FORM}") as folder:
+            write_gguf(source, folder / GGUF_FILE, QUANTIZATIONS[SERVED_FORM], info.id)
             _copy_chat_format(source, folder)
     except CapacityError:
         raise

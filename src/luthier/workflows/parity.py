@@ -16,6 +16,7 @@ from luthier.records.example import Conversation
 from luthier.records.model import Artifact, Parity
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
+from luthier.workflows.models import SERVED_FORM
 from luthier.workflows.serving import server_process
 
 MAX_ANSWER_TOKENS = 48
@@ -35,10 +36,10 @@ def measure_parity(
         EngineError: a form cannot be run at all.
     """
     folders = {kind: store.models.artifact_folder(artifact) for kind, artifact in artifacts.items()}
-    chat_format = ChatFormat.load(folders["gguf-q8_0"])
+    chat_format = ChatFormat.load(folders[SERVED_FORM])
     prompts = [conversation.prompt for conversation in held_out]
-    exported = _ask(LocalModel(folders["gguf-q8_0"], name), prompts)
-    with server_process(store.home, {name: folders["gguf-q8_0"]}) as url:
+    exported = _ask(LocalModel(folders[SERVED_FORM], name), prompts)
+    with server_process(store.home, {name: folders[SERVED_FORM]}) as url:
         served = _ask(RemoteModel(f"{url}/v1", name, want_logprobs=True, want_tokens=True), prompts)
     prompt_tokens = [chat_format.prompt_tokens(prompt) for prompt in prompts]
     answers = [_answer_tokens(completion) for completion in exported]

@@ -38,7 +38,7 @@ from luthier.train.engine.tensorboard import TensorBoardLog
 from luthier.train.hyperparameters import max_tokens
 from luthier.train.plan import plan_training
 from luthier.workflows.datasets import side
-from luthier.workflows.models import make_gguf, shape
+from luthier.workflows.models import SERVED_FORM, make_gguf, shape
 from luthier.workflows.parity import measure_parity
 
 EVENT_SECONDS = 0.5
@@ -219,8 +219,8 @@ def _export(store: Store, prepared: _Prepared, name: str, adapter_folder: Path) 
         "merged",
         lambda folder: save_merged(prepared.base_folder, store.models.artifact_folder(adapter), folder),
     )
-    gguf = make_gguf(store, name, "gguf-q8_0", store.models.artifact_folder(merged))
-    return {"adapter": adapter, "merged": merged, "gguf-q8_0": gguf}
+    gguf = make_gguf(store, name, SERVED_FORM, store.models.artifact_folder(merged))
+    return {"adapter": adapter, "merged": merged, SERVED_FORM: gguf}
 
 
 def _parity(context: RunContext, prepared: _Prepared, name: str, artifacts: dict[str, Artifact]) -> Parity | None:
