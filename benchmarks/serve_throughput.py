@@ -31,9 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=2, help="questions per client")
-    parser.add_argument(
-        "--home", type=Path, default=None, help="a home with the base model; a temporary one if not given"
-    )
+    parser.add_argument("--home", type=Path, default=None, help="a home that has the base model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -33,9 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--home", type=Path, default=None, help="a home with the base model; a temporary one if not given"
-    )
+    parser.add_argument("--home", type=Path, default=None, help="a home that has the base model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -66,7 +64,7 @@ def make_job(store: Store, folder: Path) -> TrainingJob:
     base = pull(store, "smollm2-135m")
     base_folder = store.models.base_folder(base)
     import_dataset(store, Path(luthier.__file__).parent / "demo_data" / "tweets.csv", "tweets")
-    dataset = split_dataset(store, "tweets", SplitConfig(validation=0.05, test=0.25, label="sentiment"))
+    dataset = split_dataset(store, "tweets", SplitConfig(validation=0.05, test=0.28, label="sentiment"))
     template = Template(
         system="Classify the sentiment of the tweet as negative, neutral or positive. Answer with one word.",
         user="{{text}}",

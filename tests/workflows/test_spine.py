@@ -76,11 +76,11 @@ def test_another_model_in_the_place_of_the_export_is_a_drift(way: Way, tiny_base
     wrong = model.artifacts[SERVED_FORM].model_copy(
         update={"path": base_gguf.relative_to(store.artifacts.root).as_posix()}
     )
-    held_out = [
-        Conversation(example_id=str(i), messages=(*PROMPT[:1], Message(role="user", content=f"thank you for my dog {i}"),
-                                                  Message(role="assistant", content="no")))
-        for i in range(4)
-    ]  # fmt: skip
+    answer = Message(role="assistant", content="no")
+    held_out = []
+    for index in range(4):
+        question = Message(role="user", content=f"thank you for my dog {index}")
+        held_out.append(Conversation(example_id=str(index), messages=(PROMPT[0], question, answer)))
     parity = measure_parity(store, model.name, tiny_base, {**model.artifacts, SERVED_FORM: wrong}, held_out, 0.9)
     assert not parity.passed
 

@@ -19,7 +19,7 @@ def demo(
     from luthier.workflows.demo import run_demo
 
     store = open_store()
-    typer.echo("2,000 tweets, rated by 20 people each → a tuned SmolLM2-135M that tells their sentiment", err=True)
+    typer.echo("1,800 tweets, rated by 20 people each → a tuned SmolLM2-135M that tells their sentiment", err=True)
     with RunView() as view:
         model, evaluation, report = run_demo(store, view.show)
     show_evaluation(evaluation)

@@ -17,7 +17,7 @@ from luthier.records.model import FormParity
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """An answer under one form: the token that it would choose at each place, and the first tokens' log-probabilities."""
+    """An answer under one form: what it would choose at each place, and its first tokens' log-probabilities."""
 
     chosen: Sequence[int]
     logprobs: Sequence[float] | None

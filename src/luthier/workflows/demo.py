@@ -33,7 +33,7 @@ def run_demo(store: Store, on_event: OnEvent | None = None) -> tuple[TunedModel,
 
     imported_at = time.monotonic()
     import_dataset(store, TWEETS, "tweets")
-    dataset = split_dataset(store, "tweets", SplitConfig(validation=0.05, test=0.25, label="sentiment"))
+    dataset = split_dataset(store, "tweets", SplitConfig(validation=0.05, test=0.28, label="sentiment"))
     template = save_template(
         store,
         "sentiment",

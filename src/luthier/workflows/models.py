@@ -102,7 +102,7 @@ def served_folder(store: Store, name: str) -> Path:
 
 
 def export(store: Store, name: str, form: ExportFormat, destination: Path) -> Artifact:
-    """Copy one form of a tuned model to an empty or new folder; another GGUF form than the served one is made on first use.
+    """Copy one form of a tuned model to an empty or new folder; a GGUF form that is not served is made now.
 
     Raises:
         NotFoundError: there is no such model.

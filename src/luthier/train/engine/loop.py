@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from luthier.errors import EngineError
 from luthier.llm.engine.row_forward import autocast, target_logits
@@ -113,7 +114,11 @@ def _with_adapter(job: TrainingJob) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)  # PEFT keeps the adapter in float32 over a bfloat16 base
+    model = get_peft_model(base, config)  # PEFT keeps the adapter in float32 over a bfloat16 base
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False  # autocast takes bfloat16 inputs as they are; no detour by float32
+    return model
 
 
 class _Order:
