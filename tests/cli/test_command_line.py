@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,25 @@ def test_a_model_chats_in_the_terminal(home: Path, tiny_base: Path) -> None:
     pull(Store(home), str(tiny_base))
     done = luthier(home, "chat", "tiny-base", "--temperature", "0", "--max-tokens", "4", given="hello\n\n")
     assert "tiny-base" in done.stderr
+
+
+def test_ctrl_c_pauses_a_run_and_says_how_to_go_on(home: Path, tmp_path: Path, tiny_base: Path) -> None:
+    store = Store(home)
+    pull(store, str(tiny_base))
+    luthier(home, "dataset", "import", str(write_questions(tmp_path / "questions.csv")))
+    luthier(home, "dataset", "split", "questions", "--near", "0")
+    luthier(home, "template", "save", "answer", "--user", "{{text}}", "--assistant", "{{label}}")
+    options = ["-o", "epochs=40", "-o", "batch_size=4", "-o", "precision=float32", "--parity-prompts", "0"]
+    command = [sys.executable, "-m", "luthier", "train", "questions", "-t", "answer", "-b", "tiny-base", *options]
+    environment = {**os.environ, "LUTHIER_HOME": str(home)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (runs := store.runs.all()) or not store.runs.events(runs[0].id, type="metrics"):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"luthier run resume {runs[0].id}" in errors
+    assert store.runs.get(runs[0].id).status == "paused"

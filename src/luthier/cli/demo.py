@@ -20,7 +20,7 @@ def demo(
 
     store = open_store()
     typer.echo("1,800 tweets, rated by 20 people each → a tuned SmolLM2-135M that tells their sentiment", err=True)
-    with RunView() as view:
+    with RunView() as view, view.pause_on_interrupt(store):
         model, evaluation, report = run_demo(store, view.show)
     show_evaluation(evaluation)
     show_parity(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -86,15 +87,9 @@ def follow_run(store: Store, run_id: str, *, quiet: bool = False) -> Run:
     """Show a run as it goes, until it ends or pauses. Ctrl-C asks it to pause, and says how to go on."""
     from luthier.jobs.launch import follow
 
-    with RunView(quiet=quiet) as view:
-        try:
-            return follow(store, run_id, view.show)
-        except KeyboardInterrupt:
-            store.runs.request(run_id, "pause")
-            view.note("Pausing: saving the state …")
-            follow(store, run_id, None, after=view.seen)
-            typer.echo(f"Paused. Go on with: luthier run resume {run_id}", err=True)
-            raise
+    with RunView(quiet=quiet) as view, view.pause_on_interrupt(store):
+        view.run_id = run_id
+        return follow(store, run_id, view.show)
 
 
 class RunView:
@@ -103,7 +98,8 @@ class RunView:
     def __init__(self, *, quiet: bool = False) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.seen = 0
+        self.run_id: str | None = None
+        self._seen = 0
         self._quiet = quiet
         self._progress = Progress(
             TextColumn("{task.description:<32}"),
@@ -124,6 +120,21 @@ class RunView:
         self._progress.update(self._task, visible=False)
         self._progress.stop()
 
+    @contextmanager
+    def pause_on_interrupt(self, store: Store) -> Iterator[None]:
+        """Turn Ctrl-C into a pause of the run that is shown, and wait until its state is saved."""
+        from luthier.jobs.launch import follow
+
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.run_id and not store.runs.get(self.run_id).is_finished:
+                store.runs.request(self.run_id, "pause")
+                self.note("Pausing: saving the state …")
+                follow(store, self.run_id, after=self._seen)
+                self.note(f"Paused. Go on with: luthier run resume {self.run_id}")
+            raise
+
     def note(self, text: str, style: str | None = None) -> None:
         """Print a line above the bar."""
         if not self._quiet:
@@ -131,7 +142,7 @@ class RunView:
 
     def show(self, event: RunEvent) -> None:
         """Show one event."""
-        self.seen = event.sequence
+        self.run_id, self._seen = event.run_id, event.sequence
         data = event.data
         if event.type == "stage" and "seconds" in data:
             self.note(f"  {data['stage']:<32}{duration(data['seconds']):>12}")
