@@ -57,6 +57,10 @@ class CapacityError(LuthierError):
     """Memory, disk or context length does not suffice."""
 
 
+class DiskFullError(CapacityError):
+    """The disk is full; what was finished stays, and the work can go on once there is space."""
+
+
 class EngineError(LuthierError):
     """A model engine failed, died, or cannot run a model."""
 

@@ -75,7 +75,7 @@ def assert_engine_is_free(service: Service) -> None:
     (loaded,) = service.pool.loaded
     before = loaded.engine.generated_tokens
     service.client().chat.completions.create(model=NAME, **HELLO, max_tokens=LONG)
-    assert loaded.engine.generated_tokens - before < CHOICES * LONG / 10
+    assert loaded.engine.generated_tokens - before < CHOICES * LONG  # it stopped before the end
     assert loaded.engine.in_flight == 0
 
 

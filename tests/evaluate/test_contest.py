@@ -1,7 +1,7 @@
 import pytest
 
 from luthier.errors import EngineError
-from luthier.evaluate.contest import answers_of, with_shots
+from luthier.evaluate.contest import answers_of, sample, with_shots
 from luthier.llm.scripted import ScriptedModel
 from luthier.records.completion import Sampling
 from luthier.records.example import Conversation, Message
@@ -68,3 +68,17 @@ def test_no_conversations_ask_nothing():
 def test_a_failing_engine_is_heard_of():
     with pytest.raises(EngineError):
         answers_of("base", ScriptedModel(rule=lambda _: "", fail_on=2), CONVERSATIONS, GREEDY, "text")
+
+
+def test_a_sample_is_drawn_from_the_whole_file_and_keeps_its_order() -> None:
+    ask = Message(role="user", content="?")
+    rows = [
+        Conversation(example_id=f"{i:03}", messages=(ask, Message(role="assistant", content=str(i // 50))))
+        for i in range(200)
+    ]
+    drawn = sample(rows, 60, seed=0)
+    assert {one.answer for one in drawn} == {"0", "1", "2", "3"}
+    assert [one.example_id for one in drawn] == sorted(one.example_id for one in drawn)
+    assert drawn == sample(rows, 60, seed=0)
+    assert drawn != sample(rows, 60, seed=1)
+    assert sample(rows, 500, seed=0) == rows

@@ -224,9 +224,9 @@ def test_full_disk_pauses_the_run_and_it_goes_on_when_resumed(store: Store, monk
     assert (run.status, run.result, run.error) == ("succeeded", {"went_on_from": "step 7"}, None)
 
 
-def test_lack_of_memory_pauses_the_run_with_its_message(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_fails_the_run_with_its_message(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run = execute(store, monkeypatch, "run_out_of_memory")
-    assert (run.status, run.error) == ("paused", "The plan needs 9 GB, the machine has 8 GB.")
+    assert (run.status, run.error) == ("failed", "The plan needs 9 GB, the machine has 8 GB.")
 
 
 def test_workflow_that_cannot_be_imported_fails_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

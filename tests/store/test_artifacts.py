@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.errors import CapacityError, ConflictError, IntegrityError
+from luthier.errors import CapacityError, ConflictError, DiskFullError, IntegrityError
 from luthier.store.artifacts import (
     STAGING,
     STALE_STAGING_SECONDS,
@@ -22,6 +22,7 @@ from luthier.store.artifacts import (
     file_hash,
     file_hashes,
     folder_bytes,
+    full_disk_is_an_error,
 )
 
 WRITER = """
@@ -204,3 +205,13 @@ def test_hashes_cover_every_file_and_tell_what_changed(tmp_path: Path) -> None:
 def test_hash_is_the_sha256_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert file_hash(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_full_disk_under_safetensors_is_seen_as_one(tmp_path: Path) -> None:
+    """Its own error has no number: only its text says what the system said."""
+    from safetensors import SafetensorError
+
+    with pytest.raises(DiskFullError, match="disk is full"), full_disk_is_an_error(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), full_disk_is_an_error(tmp_path):
+        raise SafetensorError("Error while deserializing header")

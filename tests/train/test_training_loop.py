@@ -149,3 +149,14 @@ def test_the_adapter_loads_in_plain_peft(tiny_base: Path, tmp_path: Path) -> Non
     assert int(logits.argmax()) == one.tokens[-1]
     config = json.loads((best_adapter(job) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny-base"
+
+
+def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    whole = [m.train_loss for m in run(make_job(tiny_base, tmp_path / "whole"))]
+    job = make_job(tiny_base, tmp_path / "parts")
+    with pytest.raises(RunStopped):
+        run(job, stop_at=5)
+    (job.folder / "latest").rename(job.folder / ".old-latest")
+    rest = run(job)
+    assert rest[0].step == 6
+    assert [m.train_loss for m in rest] == whole[5:]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.errors import InputError, IntegrityError, NotFoundError
+from luthier.errors import ConflictError, InputError, IntegrityError, NotFoundError
 from luthier.llm.catalogue import CATALOGUE, find, restriction_of
 from luthier.llm.fetch import fetch
 from luthier.records.base_model import CatalogueEntry
@@ -129,3 +129,10 @@ def test_the_catalogue_warns_where_commercial_use_is_restricted() -> None:
 def test_an_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(NotFoundError, match="Did you mean 'smollm2-135m'"):
         find("smollm2-135")
+
+
+def test_two_sources_cannot_share_a_name(store: Store, tiny_base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "tiny-base"
+    shutil.copytree(tiny_base, other)
+    with pytest.raises(ConflictError, match="belongs to a base model from"):
+        pull(store, str(other))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier.errors import ConflictError, IntegrityError, NotFoundError
 from luthier.llm.local import LocalModel
+from luthier.llm.remote import RemoteModel
 from luthier.records.completion import Sampling
 from luthier.records.example import Conversation, Message
 from luthier.store.artifacts import check_hashes
@@ -172,3 +173,15 @@ def test_stages_and_metrics_of_the_run_are_in_its_events(way: Way) -> None:
 def test_an_unknown_model_gets_a_suggestion(way: Way) -> None:
     with pytest.raises(NotFoundError, match="Did you mean"):
         way.store.models.get(way.model.name[:-1] + "x")
+
+
+def test_a_key_in_the_environment_does_not_lock_out_the_parity_check(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_API_KEY", "secret")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    folder = served_folder(way.store, way.model.name)
+    with server_process(way.store.home, {way.model.name: folder}) as url:
+        remote = RemoteModel(f"{url}/v1", way.model.name, want_tokens=True)
+        answer = remote.answer([PROMPT], Sampling(max_tokens=8))[0]
+        remote.close()
+    assert answer.text == "yes"
+    assert answer.tokens is not None

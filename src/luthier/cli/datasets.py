@@ -61,19 +61,12 @@ def split(
     as_json: bool = Json,
 ) -> None:
     """Divide a dataset into train, validation and test; duplicates stay on one side."""
-    from pydantic import ValidationError
-
-    from luthier.errors import InputError
     from luthier.records.dataset import SplitConfig
+    from luthier.records.record import validated
     from luthier.workflows.datasets import split_dataset
 
-    try:
-        config = SplitConfig(
-            validation=validation, test=test, label=label, seed=seed, near_duplicate_similarity=near or None
-        )
-    except ValidationError as error:
-        problems = [f"{e['loc'][0]} = {e['input']}: {e['msg']}" for e in error.errors()]
-        raise InputError("The split cannot be made like this.", problems=problems) from error
+    values = {"validation": validation, "test": test, "label": label, "seed": seed}
+    config = validated(SplitConfig, "split", **values, near_duplicate_similarity=near or None)
     made = split_dataset(open_store(), dataset, config)
     if as_json:
         show_json(made)

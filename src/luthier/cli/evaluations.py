@@ -31,11 +31,14 @@ def evaluate(
 ) -> None:
     """Compare base, base with its best few-shot prompt, and tuned model on the same held-out examples."""
     from luthier.jobs.launch import submit
+    from luthier.records.record import validated
     from luthier.workflows.evaluation import EvaluateRequest
     from luthier.workflows.training import finished_result
 
     store = open_store()
-    request = EvaluateRequest(
+    request = validated(
+        EvaluateRequest,
+        "evaluation",
         model=store.models.get(model).name if model else None,
         base=base,
         dataset=dataset,

@@ -105,7 +105,7 @@ def show(name: str, as_json: bool = Json) -> None:
         ("dataset", f"{model.dataset} (sha256 {model.dataset_hash[:12]}…)"),
         ("template", model.template.reference if model.template else "the dataset holds conversations"),
         ("run", model.run_id),
-        ("code", f"luthier {model.code_version}"),
+        ("code", model.code_version),
         ("made", moment(model.created_at)),
     ]
     rows += [(name, value) for name, value in model.hyperparameters.model_dump().items()]
@@ -123,7 +123,7 @@ def show(name: str, as_json: bool = Json) -> None:
 @app.command()
 def export(
     name: str,
-    form: str = typer.Option("gguf-q8_0", "--form", help="adapter, merged, gguf-q8_0 or gguf-f16"),
+    form: str = typer.Option("gguf-f16", "--form", help="adapter, merged, gguf-q8_0 or gguf-f16"),
     to: Path = typer.Option(..., "--to", help="A new or empty folder."),
 ) -> None:
     """Copy one form of a tuned model to a folder: for PEFT, transformers, llama.cpp, Ollama, LM Studio, OpenVINO."""

@@ -55,8 +55,10 @@ def chat(
     from luthier.llm.local import LocalModel
     from luthier.records.completion import Sampling
     from luthier.records.example import Message
+    from luthier.records.record import validated
     from luthier.workflows.models import served_folder
 
+    sampling = validated(Sampling, "sampling", max_tokens=max_tokens, temperature=temperature)
     store = open_store()
     name = model if model in {base.id for base in store.models.bases()} else store.models.get(model).name
     if system is None and name.startswith("ft:"):
@@ -70,7 +72,7 @@ def chat(
         while (line := _ask()) is not None:
             history = [*(opening if alone else history), Message(role="user", content=line)]
             answer = ""
-            for piece in engine.stream(history, Sampling(max_tokens=max_tokens, temperature=temperature)):
+            for piece in engine.stream(history, sampling):
                 typer.echo(piece, nl=False)
                 answer += piece
             typer.echo()

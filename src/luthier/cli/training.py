@@ -20,8 +20,8 @@ def train(
     suffix: str = typer.Option("", help="Stands in the model's name."),
     option: list[str] = typer.Option([], "--option", "-o", help="name=value; see --options for all of them."),
     config: Path = typer.Option(None, help="A YAML or JSON file with options."),
-    parity_prompts: int = typer.Option(50, help="Held-out prompts that prove that what is served was trained."),
-    parity_limit: float = typer.Option(0.95, help="Share of answer tokens that must agree."),
+    parity_prompts: int = typer.Option(64, help="Held-out prompts that prove that what is served was trained."),
+    parity_limit: float = typer.Option(0.97, help="Share of answer tokens that must agree."),
     plan: bool = typer.Option(False, "--plan", help="Only say what would be done, and why."),
     options: bool = typer.Option(False, "--options", help="Only list the options."),
     detach: bool = typer.Option(False, help="Put it into the queue and return."),
@@ -34,11 +34,14 @@ def train(
     if dataset is None:
         raise typer.BadParameter("name a dataset (luthier dataset list)", param_hint="DATASET")
     from luthier.jobs.launch import start, submit
+    from luthier.records.record import validated
     from luthier.workflows.training import TrainRequest, finished_result
     from luthier.workflows.training import plan as plan_run
 
     store = open_store()
-    request = TrainRequest(
+    request = validated(
+        TrainRequest,
+        "training run",
         base=base,
         dataset=store.datasets.get(dataset).reference,
         template=store.templates.get(template).reference if template else None,

@@ -6,6 +6,7 @@ The log-probability of the expected answer is left None: it takes the weights, a
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,17 @@ from luthier.records.evaluation import Answer, TaskKind
 from luthier.records.example import Conversation, Message
 
 OnProgress = Callable[[int, int], None]
+
+
+def sample(conversations: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
+    """Return at most ``count`` conversations drawn at random with a seed, in their own order.
+
+    The first ones of a file will not do: files are often sorted by label.
+    """
+    if len(conversations) <= count:
+        return list(conversations)
+    chosen = sorted(random.Random(seed).sample(range(len(conversations)), count))  # noqa: S311 - not a secret
+    return [conversations[index] for index in chosen]
 
 
 def answers_of(

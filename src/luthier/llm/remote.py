@@ -22,6 +22,8 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 RETRIED_STATUSES = frozenset({408, 409, 429, 500, 502, 503, 504})
 MAX_MESSAGE_CHARACTERS = 500
 
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
 
 class RemoteModel:
     """A model behind ``{base_url}/chat/completions``.
@@ -57,6 +59,7 @@ class RemoteModel:
         self._client = httpx.Client(
             base_url=base_url.rstrip("/") + "/",
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            trust_env=httpx.URL(base_url).host not in LOOPBACK,  # a proxy has no way back to this machine
             timeout=httpx.Timeout(TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS),
             limits=httpx.Limits(max_connections=MAX_IN_FLIGHT),
         )

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from luthier.errors import InputError
 
 
 class Record(BaseModel):
     """A frozen value object; an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+R = TypeVar("R", bound=Record)
+
+
+def validated(kind: type[R], what: str, **values: Any) -> R:
+    """Return a record of a user's values.
+
+    Raises:
+        InputError: naming every value that breaks its rule.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise InputError(f"The {what} is not valid.", problems=problems) from error
 
 
 def canonical_json(value: Any) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from luthier.errors import CapacityError, ConflictError, IntegrityError
+from luthier.errors import ConflictError, DiskFullError, IntegrityError
 
 STAGING = ".staging"
 STALE_STAGING_SECONDS = 24 * 3600
@@ -51,7 +51,7 @@ class Artifacts:
 
         Raises:
             ConflictError: the key exists already.
-            CapacityError: the disk is full; nothing is left behind.
+            DiskFullError: the disk is full; nothing is left behind.
         """
         target = self.path(key)
         if target.exists():
@@ -85,17 +85,24 @@ class Artifacts:
 
 @contextmanager
 def full_disk_is_an_error(place: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" into a :class:`CapacityError` that names the place."""
+    """Turn the operating system's "no space left" into a :class:`DiskFullError` that names the place."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_full_disk(error):
             raise
         free = shutil.disk_usage(place).free
-        raise CapacityError(
+        raise DiskFullError(
             f"The disk is full: writing below {place} failed with {free / 1e6:.0f} MB free.",
             hint="free some space, then go on with: luthier run resume",
         ) from error
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Return whether an error means "no space left"; safetensors wraps the system's error in one without a number."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"(os error {errno.ENOSPC})" in str(error)
 
 
 def file_hash(path: Path) -> str:

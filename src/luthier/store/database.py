@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from luthier.errors import CapacityError, ConflictError
+from luthier.errors import ConflictError, DiskFullError
 
 HEAD = "0001"
 BUSY_TIMEOUT_MS = 30_000
@@ -35,7 +35,7 @@ class Database:
         """Begin a transaction that writes: all of it happens, or nothing. SQLite takes its one write lock at once.
 
         Raises:
-            CapacityError: the disk is full.
+            DiskFullError: the disk is full.
         """
         with (
             _full_disk_is_an_error(),
@@ -82,7 +82,7 @@ def _full_disk_is_an_error() -> Iterator[None]:
     except sa.exc.OperationalError as error:
         if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
             raise
-        raise CapacityError(
+        raise DiskFullError(
             "The disk is full: the database cannot grow.", hint="free some space, then go on with: luthier run resume"
         ) from error
 

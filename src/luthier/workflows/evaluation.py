@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import Field
 
-from luthier.errors import InputError
+from luthier.errors import CapacityError, InputError
 from luthier.evaluate.bootstrap import paired_difference
-from luthier.evaluate.contest import answers_of
+from luthier.evaluate.contest import answers_of, sample
 from luthier.evaluate.engine.scoring import Scorer
 from luthier.evaluate.few_shot import candidates, choose, with_shots
-from luthier.evaluate.labels import label_set
+from luthier.evaluate.labels import label_named, label_set, task_of
 from luthier.evaluate.metrics import score
 from luthier.jobs.context import RunContext
 from luthier.jobs.launch import OnEvent, follow, submit
@@ -37,19 +38,22 @@ from luthier.workflows.training import finished_result
 BASE, FEW_SHOT, TUNED = "base", "few_shot", "tuned"
 ROOM_FOR_A_CHATTY_LABEL = 12  # tokens beside the label, for a model that answers in a sentence
 MAX_TEXT_TOKENS = 512
+EVENT_SECONDS = 0.5
 MAIN_METRIC: dict[TaskKind, str] = {"label": "macro_recall", "text": "rouge_l"}
 
 
 class EvaluateRequest(Record):
     """What to evaluate: a tuned model (its base, dataset and template are known), or a base on a dataset.
 
-    ``validation_examples`` are asked for each few-shot candidate; ``perplexity_examples`` are scored in torch.
+    ``task`` is seen from the answers where not given. ``validation_examples`` are asked for each few-shot candidate;
+    ``perplexity_examples`` are scored in torch.
     """
 
     model: str | None = None
     base: str | None = None
     dataset: str | None = None
     template: str | None = None
+    task: TaskKind | None = None
     few_shot: bool = True
     max_examples: int = Field(500, ge=2)
     validation_examples: int = Field(60, ge=1)
@@ -70,6 +74,7 @@ class _Contest:
     train: list[Conversation]
     validation: list[Conversation]
     held_out: list[Conversation]
+    left_out: int
     task: TaskKind
     labels: tuple[str, ...]
     sampling: Sampling
@@ -91,19 +96,17 @@ def execute(context: RunContext) -> dict[str, Any]:
     started = time.monotonic()
     store = context.store
     contest = _prepare(store, EvaluateRequest.model_validate(context.run.config))
+    if contest.left_out:
+        context.say(f"{contest.left_out} held-out examples are too long or have no answer; left out", level="warning")
     given: dict[str, list[Answer]] = {}
-    shots: dict[str, tuple[Message, ...]] = {BASE: ()}
+    shots: dict[str, tuple[Message, ...]] = {BASE: (), TUNED: ()}
     choice: FewShotChoice | None = None
     base = LocalModel(served_folder(store, contest.base), contest.base)
     try:
         with context.stage("base model"):
             given[BASE] = _ask(context, contest, BASE, base)
         if contest.request.few_shot and contest.train:
-            with context.stage("few-shot prompt"):
-                choice = _choose_shots(context, contest, base)
-                shots[FEW_SHOT] = choice.shots
-            with context.stage("base model with few-shot prompt"):
-                given[FEW_SHOT] = _ask(context, contest, FEW_SHOT, base, choice.shots)
+            choice = _contend_with_shots(context, contest, base, given, shots)
     finally:
         base.close()
     if contest.tuned:
@@ -113,7 +116,6 @@ def execute(context: RunContext) -> dict[str, Any]:
                 given[TUNED] = _ask(context, contest, TUNED, tuned)
             finally:
                 tuned.close()
-            shots[TUNED] = ()
     with context.stage("perplexity"):
         given = _perplexity(store, contest, given, shots)
     with context.stage("intervals"):
@@ -142,8 +144,13 @@ def _prepare(store: Store, request: EvaluateRequest) -> _Contest:
         return [renderer.conversation(example) for example in side(store, dataset, split)]
 
     train, validation, held_out = conversations("train"), conversations("validation"), conversations("test")
-    labels = label_set([one.answer for one in held_out], [one.answer for one in train])
+    expected, known = [one.answer for one in held_out], [one.answer for one in [*train, *validation]]
+    task = request.task or task_of(expected, known)
     chat_format = ChatFormat.load(store.models.base_folder(store.models.base(base)))
+    sampling = Sampling(max_tokens=_answer_room(chat_format, train, task == "label"), temperature=0.0)
+    asked = [one for one in held_out if _can_be_asked(one, chat_format, sampling)]
+    if len(asked) < 2:
+        raise InputError(f"Only {len(asked)} of {len(held_out)} held-out examples can be asked; at least 2 are needed.")
     return _Contest(
         request=request,
         base=base,
@@ -151,12 +158,19 @@ def _prepare(store: Store, request: EvaluateRequest) -> _Contest:
         dataset=dataset,
         template=template.reference if template else None,
         train=train,
-        validation=(validation or train)[: request.validation_examples],
-        held_out=held_out[: request.max_examples],
-        task="label" if labels else "text",
-        labels=labels,
-        sampling=Sampling(max_tokens=_answer_room(chat_format, train, bool(labels)), temperature=0.0),
+        validation=sample(validation or train, request.validation_examples, request.seed),
+        held_out=sample(asked, request.max_examples, request.seed),
+        left_out=len(held_out) - len(asked),
+        task=task,
+        labels=label_set(expected, known) if task == "label" else (),
+        sampling=sampling,
     )
+
+
+def _can_be_asked(conversation: Conversation, chat_format: ChatFormat, sampling: Sampling) -> bool:
+    """Return whether there is an answer to expect, and room in the context to give one."""
+    tokens = len(chat_format.prompt_tokens(conversation.prompt)) + sampling.max_tokens
+    return bool(conversation.answer.strip()) and tokens <= chat_format.context_length
 
 
 def _answer_room(chat_format: ChatFormat, train: Sequence[Conversation], is_label_task: bool) -> int:
@@ -170,16 +184,11 @@ def _answer_room(chat_format: ChatFormat, train: Sequence[Conversation], is_labe
 def _ask(
     context: RunContext, contest: _Contest, name: str, model: LocalModel, shots: tuple[Message, ...] = ()
 ) -> list[Answer]:
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        context.stop_if_asked()
-        if time.monotonic() - last > 0.5 or done == total:
-            last = time.monotonic()
-            context.progress(f"{name}: {done}/{total} answers", done, total)
-
-    return answers_of(
+    """Return a contestant's answers; what an earlier attempt of this run finished is not asked again."""
+    kept = context.folder / f"answers-{name}.json"
+    if kept.is_file():
+        return [Answer.model_validate(answer) for answer in json.loads(kept.read_text("utf-8"))]
+    answers = answers_of(
         name,
         model,
         contest.held_out,
@@ -187,25 +196,57 @@ def _ask(
         contest.task,
         contest.labels,
         shots=shots,
-        on_progress=progress,
+        on_progress=_progress(context, name),
     )
+    staged = kept.with_suffix(".new")
+    staged.write_text(json.dumps([answer.model_dump(mode="json") for answer in answers]), "utf-8")
+    staged.replace(kept)
+    return answers
 
 
-def _choose_shots(context: RunContext, contest: _Contest, base: LocalModel) -> FewShotChoice:
+def _progress(context: RunContext, what: str) -> Callable[[int, int], None]:
+    """Return a callback that passes progress on twice a second, and stops the run where a person asked for it."""
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        context.stop_if_asked()
+        if time.monotonic() - last > EVENT_SECONDS or done == total:
+            last = time.monotonic()
+            context.progress(f"{what}: {done}/{total}", done, total)
+
+    return progress
+
+
+def _contend_with_shots(
+    context: RunContext,
+    contest: _Contest,
+    base: LocalModel,
+    given: dict[str, list[Answer]],
+    shots: dict[str, tuple[Message, ...]],
+) -> FewShotChoice | None:
+    """Choose a few-shot prompt and let the base answer with it; None where none fits the context."""
     tried = candidates(contest.train, contest.task, contest.labels, contest.request.seed)
-    choice = choose(
-        base,
-        tried,
-        contest.validation,
-        contest.sampling,
-        contest.task,
-        contest.labels,
-        MAIN_METRIC[contest.task],
-        on_progress=lambda done, total: context.progress(f"few-shot prompts: {done}/{total}", done, total),
-    )
-    context.say(
-        f"Best of {len(tried)} few-shot prompts on {choice.validation_examples} validation examples", data=choice.tried
-    )
+    try:
+        with context.stage("few-shot prompt"):
+            choice = choose(
+                base,
+                tried,
+                contest.validation,
+                contest.sampling,
+                contest.task,
+                contest.labels,
+                MAIN_METRIC[contest.task],
+                on_progress=_progress(context, "few-shot prompts"),
+            )
+        with context.stage("base model with few-shot prompt"):
+            given[FEW_SHOT] = _ask(context, contest, FEW_SHOT, base, choice.shots)
+    except (InputError, CapacityError) as error:
+        context.say(f"No few-shot contestant: {error.message}", level="warning")
+        return None
+    shots[FEW_SHOT] = choice.shots
+    message = f"Best of {len(tried)} few-shot prompts on {choice.validation_examples} validation examples"
+    context.say(message, data=choice.tried)
     return choice
 
 
@@ -231,6 +272,7 @@ def _scored(
     contest: _Contest, scorer: Scorer, chat_format: ChatFormat, answers: list[Answer], shots: tuple[Message, ...]
 ) -> list[Answer]:
     prompts, expected = [], []
+    # The examples were drawn at random, so the first ones are as good as any.
     for conversation in contest.held_out[: contest.request.perplexity_examples]:
         answer = Message(role="assistant", content=conversation.answer)
         rendered = chat_format.render([*with_shots(conversation.prompt, shots), answer])
@@ -304,7 +346,10 @@ def side_by_side(store: Store, evaluation: Evaluation, *, wrong: bool = False) -
             answer.example_id, {"example_id": answer.example_id, "expected": answer.expected, "answers": {}}
         )
         row["answers"][answer.contestant] = answer.text
-        given = answer.label if evaluation.task == "label" else answer.text.strip()
-        if answer.contestant == (TUNED if evaluation.model else BASE) and given != answer.expected.strip():
+        if evaluation.task == "label":
+            right = answer.label == label_named(answer.expected, evaluation.labels)
+        else:
+            right = answer.text.split() == answer.expected.split()
+        if answer.contestant == (TUNED if evaluation.model else BASE) and not right:
             missed.add(answer.example_id)
     return [row for key, row in rows.items() if not wrong or key in missed]

@@ -44,11 +44,17 @@ def pull(store: Store, name: str, on_bytes: OnBytes | None = None, on_stage: OnS
 
     Raises:
         NotFoundError: the name means nothing, or cannot be reached.
+        ConflictError: another source has the same name.
         IntegrityError: the bytes are not those that the catalogue names; nothing is cached.
         InputError: the weights' format can run code, or the chat format is unusable.
     """
     entry = find(name)
     known = {info.id: info for info in store.models.bases()}
+    if entry.id in known and known[entry.id].source != entry.source:
+        raise ConflictError(
+            f"The name {entry.id!r} belongs to a base model from {known[entry.id].source}, not {entry.source}.",
+            hint="give the folder another name",
+        )
     if entry.id in known and store.models.base_folder(known[entry.id]).is_dir():
         return known[entry.id]
     say = on_stage or (lambda _: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,8 @@ def server_process(home: Path, models: Mapping[str, Path]) -> Iterator[str]:
     command = [sys.executable, "-m", "luthier", "serve", "--port", "0", "--announce", "--only-extra"]
     for name, folder in models.items():
         command += ["--extra", f"{name}={folder}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "LUTHIER_API_KEY"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             if not line:

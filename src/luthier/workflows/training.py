@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-import luthier
 from luthier.errors import InputError, ParityError, RunStopped
+from luthier.evaluate.contest import sample
 from luthier.jobs.context import RunContext
 from luthier.jobs.launch import OnEvent, follow, submit
 from luthier.llm.engine.torch_model import measure_machine, save_merged
@@ -38,8 +40,8 @@ from luthier.train.engine.tensorboard import TensorBoardLog
 from luthier.train.hyperparameters import max_tokens
 from luthier.train.plan import plan_training
 from luthier.workflows.datasets import side
-from luthier.workflows.models import SERVED_FORM, make_gguf, shape
-from luthier.workflows.parity import measure_parity
+from luthier.workflows.models import SERVED_FORM, make_gguf, served_folder, shape
+from luthier.workflows.parity import MAX_ANSWER_TOKENS, measure_parity
 
 EVENT_SECONDS = 0.5
 
@@ -56,8 +58,8 @@ class TrainRequest(Record):
     template: str | None = None
     suffix: str = ""
     options: TrainingConfig = TrainingConfig()
-    parity_prompts: int = Field(50, ge=0)
-    parity_limit: float = Field(0.95, gt=0, le=1)
+    parity_prompts: int = Field(64, ge=0)
+    parity_limit: float = Field(0.97, gt=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,21 @@ def execute(context: RunContext) -> dict[str, Any]:
     return {"model": name}
 
 
+def code_version() -> str:
+    """Return the versions of Luthier (with its git commit, in a checkout) and of the libraries that make a model."""
+    names = ("luthier", "torch", "transformers", "peft", "openvino-genai")
+    versions = [f"{name} {metadata.version(name)}" for name in names]
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+        versions[0] += "+" + subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass  # installed from a wheel
+    return ", ".join(versions)
+
+
 def _prepare(store: Store, request: TrainRequest) -> _Prepared:
     base = store.models.base(request.base)
+    served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
     folder = store.models.base_folder(base)
     dataset = store.datasets.get(request.dataset)
     template = store.templates.get(request.template) if request.template else None
@@ -159,7 +174,11 @@ def _prepare(store: Store, request: TrainRequest) -> _Prepared:
 
     examples, report = tokenize(conversations(side(store, dataset, "train")), chat_format, policy)
     validation = conversations(side(store, dataset, "validation"))
-    held_out = conversations(side(store, dataset, "test"))
+    held_out = [
+        conversation
+        for conversation in conversations(side(store, dataset, "test"))
+        if len(chat_format.prompt_tokens(conversation.prompt)) + MAX_ANSWER_TOKENS <= chat_format.context_length
+    ]
     return _Prepared(
         request=request,
         base=base,
@@ -232,7 +251,7 @@ def _parity(context: RunContext, prepared: _Prepared, name: str, artifacts: dict
         name,
         prepared.base_folder,
         artifacts,
-        prepared.held_out[: request.parity_prompts],
+        sample(prepared.held_out, request.parity_prompts, prepared.request.options.seed),
         request.parity_limit,
     )
     context.say("Parity measured", data=parity.model_dump(mode="json"))
@@ -267,7 +286,7 @@ def _record(
         hyperparameters=made.resolved,
         options=prepared.request.options.model_dump(mode="json"),
         seed=made.resolved.seed,
-        code_version=luthier.__version__,
+        code_version=code_version(),
         training=result,
         parity=parity,
         artifacts=artifacts,

@@ -7,6 +7,7 @@ optimizer's two moments, the random state, and the step; the position in the dat
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ def load_checkpoint(
     Raises:
         ConflictError: the checkpoint belongs to other data or other options.
     """
-    latest = folder / LATEST
-    if not (latest / STATE).is_file():
+    # Killed between the two renames of a replacement, the one before is whole under its other name.
+    places = [place for place in (folder / LATEST, _old(folder / LATEST)) if (place / STATE).is_file()]
+    if not places:
         return None
+    latest = places[0]
     state: dict[str, Any] = json.loads((latest / STATE).read_text())
     if state["fingerprint"] != fingerprint:
         raise ConflictError(
@@ -89,8 +92,15 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
+def _old(target: Path) -> Path:
+    return target.with_name(f".old-{target.name}")
+
+
 def _replace(staged: Path, target: Path) -> None:
-    old = target.with_name(f".old-{target.name}")
+    for path in staged.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -129,6 +129,7 @@ class _Order:
         self._batch_size = resolved.batch_size
         self._seed = resolved.seed
         self._total = math.ceil(examples * resolved.epochs)
+        self._permutations: dict[int, list[int]] = {}
 
     def batch(self, step: int) -> list[int]:
         """Return the indices of the examples of a step; a batch may span two passes."""
@@ -137,9 +138,12 @@ class _Order:
         return [self._permutation(visit // self._examples)[visit % self._examples] for visit in range(first, last)]
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(self._examples, generator=generator).tolist()
-        return order
+        if epoch not in self._permutations:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(self._examples, generator=generator).tolist()
+            # A batch may span two passes; older ones are not asked for again.
+            self._permutations = {k: v for k, v in self._permutations.items() if k == epoch - 1} | {epoch: order}
+        return self._permutations[epoch]
 
 
 def _train_step(
