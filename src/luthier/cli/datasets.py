@@ -47,7 +47,7 @@ def import_file(
             typer.secho(f"  line {row.line}: {row.reason}", fg="yellow")
         if report.left > 20:
             typer.echo(f"  … and {report.left - 20:,} more (luthier dataset show {dataset.reference} --json)")
-    typer.echo(f"Next: luthier dataset split {dataset.name}")
+    typer.echo(f"Next: luthier dataset split {dataset.name}   (with --label FIELD where a field holds labels)")
 
 
 @app.command()
@@ -73,13 +73,13 @@ def split(
         return
     assert made.split is not None  # noqa: S101 - split_dataset has just made it
     report = made.split
-    labels = sorted({name for counts in report.label_counts.values() for name in counts})
-    rows = [
-        (side, f"{count:,}", *(f"{report.label_counts.get(side, {}).get(name, 0):,}" for name in labels[:12]))
-        for side, count in report.counts.items()
-    ]
-    show_table(made.reference, ("side", "#examples", *(f"#{name}" for name in labels[:12])), rows)
+    sides = list(report.counts)
+    rows: list[tuple[str, ...]] = [("all", *(f"{report.counts[side]:,}" for side in sides))]
+    for value in sorted({name for counts in report.label_counts.values() for name in counts}):
+        rows.append((value, *(f"{report.label_counts.get(side, {}).get(value, 0):,}" for side in sides)))
+    show_table(made.reference, (label or "examples", *(f"#{side}" for side in sides)), rows)
     typer.echo(f"Kept together: {report.exact_duplicates:,} exact and {report.near_duplicates:,} near duplicates.")
+    typer.echo(f"Next: luthier template save NAME …, then luthier train {made.name} --template NAME --plan")
 
 
 @app.command("list")

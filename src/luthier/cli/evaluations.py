@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Evaluations that were made, and every answer in them.")
 TITLES = {"base": "base", "few_shot": "few-shot", "tuned": "tuned"}
 HEADINGS = {"macro_recall": "macro recall", "macro_f1": "macro F1", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
+MAX_CONFUSION_COLUMNS = 5
+MAX_MISTAKES_SHOWN = 10
 SHOWN_METRICS = {
     "label": ("macro_recall", "accuracy", "macro_f1", "perplexity"),
     "text": ("rouge_l", "bleu", "exact_match", "perplexity"),
@@ -95,9 +97,14 @@ def answers(
     if as_json:
         show_json(rows)
         return
-    columns = ("example", "expected", *evaluation.scores)
+    columns = ("example", "question", "expected", *evaluation.scores)
     cells = [
-        (row["example_id"], row["expected"], *(row["answers"].get(name, "") for name in evaluation.scores))
+        (
+            row["example_id"],
+            row["question"],
+            row["expected"],
+            *(row["answers"].get(name, "") for name in evaluation.scores),
+        )
         for row in rows[:limit]
     ]
     show_table(f"{len(rows)} examples", columns, cells)
@@ -124,13 +131,27 @@ def show_evaluation(evaluation: Evaluation) -> None:
 
 
 def _show_confusion(evaluation: Evaluation) -> None:
+    """Print what is taken for what: a table for a few labels, the most frequent mistakes for many."""
     name = "tuned" if "tuned" in evaluation.scores else "base"
     confusion = evaluation.scores[name].confusion
-    if not confusion or len(evaluation.labels) > 15:
+    if not confusion:
         return
     given = sorted({label for counts in confusion.values() for label in counts})
-    rows = [(expected, *(counts.get(label, 0) for label in given)) for expected, counts in confusion.items()]
-    show_table(f"What the {name} model answers", ("expected", *(f"#{label}" for label in given)), rows)
+    if len(given) <= MAX_CONFUSION_COLUMNS:
+        rows: list[tuple[object, ...]] = [
+            (expected, *(counts.get(label, 0) for label in given)) for expected, counts in confusion.items()
+        ]
+        show_table(f"What the {name} model answers", ("expected", *(f"#{label}" for label in given)), rows)
+        return
+    mistakes = [
+        (expected, label, count)
+        for expected, counts in confusion.items()
+        for label, count in counts.items()
+        if label != expected
+    ]
+    mistakes.sort(key=lambda mistake: -mistake[2])
+    title = f"Most frequent mistakes of the {name} model"
+    show_table(title, ("expected", "answered", "#times"), mistakes[:MAX_MISTAKES_SHOWN])
 
 
 def _heading(metric: str) -> str:

@@ -47,7 +47,7 @@ def serve(
 def chat(
     model: str = typer.Argument(..., help="A tuned model, or a base model that was pulled."),
     system: str = typer.Option(None, help="The system prompt; a tuned model's own where not given."),
-    temperature: float = typer.Option(0.7, help="0 always gives the likeliest answer."),
+    temperature: float = typer.Option(0.0, help="0 always gives the likeliest answer; higher ones vary."),
     max_tokens: int = typer.Option(256, help="The longest answer."),
     alone: bool = typer.Option(False, "--single", help="Each line is a conversation of its own."),
 ) -> None:

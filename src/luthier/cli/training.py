@@ -70,7 +70,9 @@ def train(
     from luthier.cli.models import show_parity
 
     show_parity(model)
-    typer.echo(f"\n{model.name}\n\nNext: luthier evaluate {model.name}\n      luthier chat {model.name}")
+    typer.echo(
+        f"\n{model.name}\n\nNext: luthier evaluate {model.name}\n      luthier chat {model.name}\n      luthier serve"
+    )
 
 
 def _training_config(options: list[str], path: Path | None) -> Any:

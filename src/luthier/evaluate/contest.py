@@ -78,6 +78,7 @@ def _answer(
     return Answer(
         example_id=conversation.example_id,
         contestant=contestant,
+        question=next((turn.content for turn in reversed(conversation.prompt) if turn.role == "user"), ""),
         text=completion.text,
         expected=conversation.answer,
         label=read_label(completion.text, labels) if task == "label" else None,

@@ -338,12 +338,18 @@ def _differences(
 
 
 def side_by_side(store: Store, evaluation: Evaluation, *, wrong: bool = False) -> list[dict[str, Any]]:
-    """Return expected and given answers by example; with ``wrong`` only those that the tuned model misses."""
+    """Return question, expected and given answers by example; with ``wrong`` only those that the tuned model misses."""
     rows: dict[str, dict[str, Any]] = {}
     missed: set[str] = set()
     for answer in store.evaluations.answers(evaluation.id):
         row = rows.setdefault(
-            answer.example_id, {"example_id": answer.example_id, "expected": answer.expected, "answers": {}}
+            answer.example_id,
+            {
+                "example_id": answer.example_id,
+                "question": answer.question,
+                "expected": answer.expected,
+                "answers": {},
+            },
         )
         row["answers"][answer.contestant] = answer.text
         if evaluation.task == "label":
