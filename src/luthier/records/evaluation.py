@@ -16,9 +16,9 @@ TaskKind = Literal["label", "text"]
 class Answer(Record):
     """One model's answer to one held-out example.
 
-    ``question`` is the last user message. ``label`` is the class read from the text (None where none could be read, or
-    for text tasks). ``seconds`` is the batch's wall time divided by its requests. ``expected_logprob`` is the sum of the
-    natural log-probabilities of the expected answer's ``expected_tokens`` tokens under the model.
+    ``question`` is the last user message. ``label`` is the class read from the text (None where none could be read,
+    or for text tasks). ``seconds`` is the batch's wall time divided by its requests. ``expected_logprob`` is the sum
+    of the natural log-probabilities of the expected answer's ``expected_tokens`` tokens under the model.
     """
 
     example_id: str
