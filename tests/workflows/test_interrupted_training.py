@@ -18,7 +18,7 @@ from luthier.store.store import Store
 from luthier.workflows.training import TrainRequest, finished_result, plan
 from tests.workflows.conftest import make_dataset
 
-LONG = TrainingConfig(epochs=12, batch_size=4, lora_rank=4, precision="float32", learning_rate=3e-3, checkpoints=20)
+LONG = TrainingConfig(epochs=40, batch_size=4, lora_rank=4, precision="float32", learning_rate=3e-3, checkpoints=40)
 
 
 def request(store: Store, folder: Path, **changes: object) -> TrainRequest:

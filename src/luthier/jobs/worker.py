@@ -29,7 +29,7 @@ from luthier.store.artifacts import full_disk_is_an_error
 from luthier.store.store import Store
 
 LEASE_SECONDS = 30.0
-RENEW_SECONDS = 2.0
+RENEW_SECONDS = 0.5
 WORKFLOWS: dict[RunKind, str] = {
     "train": "luthier.workflows.training:execute",
     "evaluate": "luthier.workflows.evaluation:execute",
