@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +190,29 @@ def test_a_key_in_the_environment_does_not_lock_out_the_parity_check(way: Way, m
         remote.close()
     assert answer.text == "yes"
     assert answer.tokens is not None
+
+
+ORPHANS = """
+import os, signal, sys
+from pathlib import Path
+from luthier.workflows.serving import server_process
+with server_process(Path(sys.argv[1]), {"m": Path(sys.argv[2])}) as url:
+    print(url, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_server_does_not_outlive_the_process_that_started_it(way: Way) -> None:
+    folder = served_folder(way.store, way.model.name)
+    command = [sys.executable, "-c", ORPHANS, str(way.store.home), str(folder)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    port = int(killed.stdout.strip().rsplit(":", 1)[1])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the server still listens")

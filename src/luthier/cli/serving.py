@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 
 import typer
@@ -16,7 +20,9 @@ def serve(
     api_key: str = typer.Option(None, envvar="LUTHIER_API_KEY", help="Ask clients for this key."),
     extra: list[str] = typer.Option([], help="A further model: NAME=FOLDER with model.gguf and its chat format."),
     only_extra: bool = typer.Option(False, help="Serve the --extra models alone."),
-    announce: bool = typer.Option(False, help="Print the address as a JSON line once it is ready, for programs."),
+    announce: bool = typer.Option(
+        False, help="For programs: print the address as a JSON line once it is ready, end when standard input ends."
+    ),
 ) -> None:
     """Serve all models through OpenAI's chat completions API."""
     from luthier.api.app import create_app
@@ -40,8 +46,15 @@ def serve(
             typer.echo(f"  {model.name}")
         typer.echo(f'\nfrom openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="{api_key or "none"}")')
 
+    if announce:
+        threading.Thread(target=_end_with_standard_input, daemon=True).start()
     pool = model_pool(store, folders, only_extra=only_extra)
     run_server(create_app(pool, api_key=api_key), host, port, ready)
+
+
+def _end_with_standard_input() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def chat(

@@ -132,10 +132,10 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     store = Store(arguments.home)
+    store.artifacts.clear_stale_staging()
     if arguments.run:
         work(store, arguments.run)
         return
-    store.artifacts.clear_stale_staging()
     while True:
         if not work(store):
             time.sleep(arguments.poll_seconds)

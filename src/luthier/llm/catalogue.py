@@ -63,16 +63,6 @@ CATALOGUE: dict[str, CatalogueEntry] = {
             context_length=40_960,
             chat_format="ChatML",
         ),
-        CatalogueEntry(
-            id="llama-3.2-1b",
-            source="hub:meta-llama/Llama-3.2-1B-Instruct",
-            licence="llama3.2",
-            restriction="Llama 3.2 Community licence: commercial use only under Meta's terms (700 million users, "
-            "acceptable use, the name must begin with Llama); access is granted on request.",
-            parameters=1_235_814_400,
-            context_length=131_072,
-            chat_format="Llama 3",
-        ),
     )
 }
 

@@ -59,7 +59,8 @@ def server_process(home: Path, models: Mapping[str, Path]) -> Iterator[str]:
     for name, folder in models.items():
         command += ["--extra", f"{name}={folder}"]
     environment = {name: value for name, value in os.environ.items() if name != "LUTHIER_API_KEY"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    pipe = subprocess.PIPE  # the server ends when its standard input does, however this process ends
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             if not line:
