@@ -20,11 +20,10 @@ class Settings(Record):
 
     home: Path
     organisation: str = Field("local", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    default_base: str = "smollm2-135m"
 
 
 def load_settings() -> Settings:
-    """Read ``LUTHIER_HOME``, ``LUTHIER_ORGANISATION`` and ``LUTHIER_BASE``; all have defaults.
+    """Read ``LUTHIER_HOME`` and ``LUTHIER_ORGANISATION``; both have defaults.
 
     Raises:
         InputError: a value breaks its rule.
@@ -33,7 +32,6 @@ def load_settings() -> Settings:
     values = {
         "home": Path(home).expanduser().absolute() if home else Path(platformdirs.user_data_dir("luthier")),
         "organisation": os.environ.get("LUTHIER_ORGANISATION"),
-        "default_base": os.environ.get("LUTHIER_BASE"),
     }
     try:
         return Settings.model_validate({key: value for key, value in values.items() if value})
