@@ -60,6 +60,31 @@ def test_a_newcomer_gets_from_a_file_to_a_plan(home: Path, tmp_path: Path, tiny_
     assert plan["reasons"]
 
 
+def test_pairs_of_answers_are_shown_with_both_answers(home: Path, tmp_path: Path, tiny_base: Path) -> None:
+    turn = {"role": "user", "content": "hello"}
+    good, bad = ({"role": "assistant", "content": text} for text in ("good morning", "maybe"))
+    rows = [
+        {"prompt": [turn], "chosen": [good], "rejected": [bad], "margin": 2},
+        {"chosen": [turn], "rejected": [turn]},
+    ]
+    chat, plain = tmp_path / "chat.jsonl", tmp_path / "plain.csv"
+    chat.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    plain.write_text("q,better,worse\nhello,good morning,maybe\n", "utf-8")
+    luthier(home, "model", "pull", str(tiny_base))
+    imported = luthier(home, "dataset", "import", str(chat)).stdout
+    assert "line 2: chosen and rejected are equal" in imported
+    assert "Fields: margin" in imported
+    assert "rejected" in luthier(home, "dataset", "show", "chat").stdout
+    luthier(home, "dataset", "import", str(plain))
+    texts = ("--user", "{{q}}", "--assistant", "{{better}}", "--rejected", "{{worse}}")
+    luthier(home, "template", "save", "prefer", *texts)
+    for dataset in (("chat",), ("plain", "prefer")):
+        shown = luthier(home, "template", "preview", *dataset, "--base", "tiny-base").stdout
+        assert "good morning<|im_end|>" in shown
+        assert "rejected answer" in shown
+        assert "maybe<|im_end|>" in shown
+
+
 def test_all_bad_options_are_named_at_once(home: Path, tmp_path: Path) -> None:
     luthier(home, "dataset", "import", str(write_questions(tmp_path / "questions.csv")))
     failed = luthier(home, "train", "questions", "-o", "epocs=2", "-o", "lora_dropout=3", ok=False)

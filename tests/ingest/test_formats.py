@@ -32,7 +32,7 @@ def test_delimiters_inside_quotes_and_texts_do_not_count(tmp_path: Path) -> None
 
 
 def test_single_column_is_read_with_commas(tmp_path: Path) -> None:
-    assert detect_format(put(tmp_path, "text\nhello\nworld\n")).delimiter == ","
+    assert detect_format(put(tmp_path, "text\nhello\nworld\n", "data.csv")).delimiter == ","
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -77,10 +77,39 @@ def test_sample_that_ends_inside_a_character_is_still_utf8(tmp_path: Path) -> No
         ("\n\nnot json\n" + CHAT, "csv"),
         ("\ufeff" + CHAT, "chat"),
         ("{curly},label\na,b\n", "csv"),
+        ('{"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}', "chat"),
+        ('{"prompt": [], "chosen": [], "rejected": []}', "chat"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "jsonl"),
+        ('{"input": {"messages": [{"role": "user", "content": "' + "a" * SAMPLE_BYTES, "chat"),
     ],
 )
 def test_kind_is_told_by_the_first_object(tmp_path: Path, content: str, kind: str) -> None:
-    assert detect_format(put(tmp_path, content)).kind == kind
+    assert detect_format(put(tmp_path, content, "data")).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.txt", "Hello, world.", "text"),
+        ("a.txt", "Hello, world.\nThis is prose, and so on, and on.\nIt goes on.\n", "text"),
+        ("a.txt", ROWS.format("\t"), "csv"),
+        ("a.md", ROWS.format("|"), "text"),
+        ("a.txt", CHAT, "chat"),
+        ("a.csv", "Hello, world.", "csv"),
+    ],
+)
+def test_text_files_are_documents_unless_they_hold_a_table(tmp_path: Path, name: str, content: str, kind: str) -> None:
+    assert detect_format(put(tmp_path, content, name)).kind == kind
+
+
+def test_folder_of_text_files_is_read_as_text_and_nothing_else(tmp_path: Path) -> None:
+    put(tmp_path, "Hello", "a.md")
+    assert detect_format(tmp_path) == detect_format(tmp_path, kind="text")
+    assert detect_format(tmp_path, encoding="cp1252").encoding == "cp1252"
+    with pytest.raises(InputError, match="not as csv"):
+        detect_format(tmp_path, kind="csv")
+    with pytest.raises(InputError, match="A delimiter"):
+        detect_format(tmp_path, delimiter=";")
 
 
 def test_broken_first_line_of_a_jsonl_file_does_not_make_it_csv(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.errors import InputError
-from luthier.ingest.readers import MAX_FIELD_CHARS, MAX_LINE_CHARS, read_messages, read_rows
+from luthier.ingest.decoding import MAX_LINE_CHARS
+from luthier.ingest.readers import MAX_FIELD_CHARS, read_rows
 from luthier.records.dataset import BadRow, SourceFormat
 from luthier.records.example import Example
 
@@ -182,42 +183,18 @@ def test_chat_takes_openai_messages_and_keeps_other_keys(tmp_path: Path) -> None
     ]
 
 
-def test_null_keys_of_openai_exports_are_no_problem() -> None:
-    messages, problems = read_messages([USER, ASSISTANT | {"refusal": None, "tool_calls": None, "weight": None}])
-    assert (len(messages), problems) == (2, [])
-
-
-@pytest.mark.parametrize(
-    ("messages", "said"),
-    [
-        ([], "at least one message"),
-        ("hi", "must be an array"),
-        ([USER], "no assistant message"),
-        ([USER, ASSISTANT, USER], "last message must be the assistant's"),
-        (
-            [USER, {"role": "tool", "content": "x"}, ASSISTANT],
-            "messages[1] has the role 'tool', which is not supported yet",
-        ),
-        ([USER, {"role": "assistant", "tool_calls": [{}]}], "'tool_calls', which is not supported yet"),
-        (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ASSISTANT],
-            "'image_url', which is not",
-        ),
-        ([USER | {"weight": 1}, ASSISTANT], "only assistant messages may"),
-        ([USER, ASSISTANT | {"weight": 2}], "must be 0 or 1"),
-        ([USER, ASSISTANT | {"weight": True}], "must be 0 or 1"),
-        ([USER, ASSISTANT | {"weight": [1]}], "must be 0 or 1"),
-        ([USER, ASSISTANT | {"weight": 0}], "nothing is left to learn"),
-        ([USER, {"role": "assistant", "content": ""}], "empty content"),
-        ([USER, {"role": "assistant"}], "has no content"),
-        ([{"role": "wizard", "content": "x"}, ASSISTANT], "unknown role 'wizard'"),
-        ([{"role": ["user"], "content": "x"}, ASSISTANT], "unknown role"),
-        (["hi", ASSISTANT], "messages[0] is a string, not an object"),
-        ([{"role": "user", "content": ["x"]}, ASSISTANT], "content part that is not"),
-    ],
-)
-def test_conversation_that_cannot_be_learned_from_says_why(messages: Any, said: str) -> None:
-    assert said in "; ".join(read_messages(messages)[1])
+def test_pairs_of_answers_are_examples_and_broken_ones_bad_rows_with_their_line(tmp_path: Path) -> None:
+    pair = {"input": {"messages": [USER]}, "preferred_output": [ASSISTANT], "label": "a"}
+    good = json.dumps(pair | {"non_preferred_output": [ASSISTANT | {"content": "no"}]})
+    equal = json.dumps(pair | {"non_preferred_output": [ASSISTANT]})
+    (example,), bad = read(tmp_path, f"{good}\n{equal}\n", CHAT)
+    assert [message.content for message in (*(example.messages or ()), *(example.rejected or ()))] == [
+        "hi",
+        "hello",
+        "no",
+    ]
+    assert example.fields == {"label": "a"}
+    assert bad == {2: "preferred_output and non_preferred_output are equal: there is nothing to prefer"}
 
 
 def test_all_problems_of_a_row_are_in_one_reason(tmp_path: Path) -> None:

@@ -57,6 +57,31 @@ def test_many_small_labels_do_not_push_the_total_away_from_its_share() -> None:
     assert abs(report.counts["test"] - 182) <= 1
 
 
+def pairs(prompts: list[str]) -> list[Example]:
+    answers = [Message(role="assistant", content=text(1_000 + number)) for number in range(2 * len(prompts))]
+    return [
+        Example(
+            id=f"row-{number}",
+            messages=(Message(role="user", content=prompt), answers[2 * number]),
+            rejected=(answers[2 * number + 1],),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def test_all_pairs_of_one_prompt_are_on_one_side() -> None:
+    prompts = [text(number // 3) for number in range(150)]
+    sides, report = assign_splits(pairs(prompts), SplitConfig(validation=0.2, test=0.2))
+    assert len(set(zip(prompts, sides, strict=True))) == 50
+    assert set(sides) == {"train", "validation", "test"}
+    assert report.largest_group == 3
+
+
+def test_pairs_that_share_their_only_prompt_are_divided_by_their_answers() -> None:
+    sides, _ = assign_splits(pairs(["which of these two is the better joke"] * 60), SplitConfig())
+    assert Counter(sides) == {"train": 48, "validation": 6, "test": 6}
+
+
 def test_one_label_value_is_allowed() -> None:
     assert assign_splits(labelled(only=30), SplitConfig(label="label"))[1].counts["test"] == 3
 

@@ -19,7 +19,7 @@ from luthier.records.base_model import Machine
 from luthier.records.training import StepMetrics, TrainingConfig
 from luthier.templates.renderer import RenderReport, TokenizedExample
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
-from luthier.train.plan import plan_training
+from luthier.train.plan import Material, plan_training
 from luthier.workflows.models import shape
 
 MACHINE = Machine(cores=2, memory_bytes=24 * 10**9, has_fast_bfloat16=False, matmul_flops=1e11)
@@ -39,7 +39,7 @@ def examples(count: int = 24) -> list[TokenizedExample]:
 def make_job(tiny_base: Path, folder: Path, **options: object) -> TrainingJob:
     config = TrainingConfig.model_validate(OPTIONS | options)
     sizes = shape(tiny_base, 200_000)
-    plan = plan_training(examples(), examples(6), RenderReport(), config, sizes, MACHINE)
+    plan = plan_training(Material(examples(), examples(6), RenderReport()), config, sizes, MACHINE)
     return TrainingJob(plan, examples(), examples(6), tiny_base, "tiny-base", folder)
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from luthier.cli.present import Json, console, moment, open_store, show_json, show_table
+
+if TYPE_CHECKING:
+    from luthier.records.example import Example
 
 app = typer.Typer(no_args_is_help=True, help="Datasets: import a file, divide it, look at it.")
 
 
 @app.command("import")
 def import_file(
-    path: Path = typer.Argument(..., help="A CSV or JSONL file (fields, or OpenAI chat messages)."),
+    path: Path = typer.Argument(
+        ..., help="A CSV, JSONL (fields, chat or preferences) or text file, or a folder of texts."
+    ),
     name: str = typer.Option(None, "--name", "-n", help="The dataset's name; the file's name where not given."),
-    kind: str = typer.Option(None, "--format", help="csv, jsonl or chat; detected where not given."),
+    kind: str = typer.Option(None, "--format", help="csv, jsonl, chat or text; detected where not given."),
     encoding: str = typer.Option(None, help="Text encoding; detected where not given."),
     delimiter: str = typer.Option(None, help="Column separator of a CSV file; detected where not given."),
     as_json: bool = Json,
@@ -116,5 +122,10 @@ def show(
     if version.split:
         typer.echo(", ".join(f"{side}: {count:,}" for side, count in version.split.counts.items()))
     for example in examples:
-        values = example.fields or {message.role: message.content for message in example.messages or ()}
-        show_table(f"{example.id} ({example.split or 'not divided'})", ("field", "value"), list(values.items()))
+        show_table(f"{example.id} ({example.split or 'not divided'})", ("field", "value"), _values(example))
+
+
+def _values(example: Example) -> list[tuple[str, object]]:
+    turns: list[tuple[str, object]] = [(turn.role, turn.content) for turn in example.messages or ()]
+    turns += [("rejected", turn.content) for turn in example.rejected or ()]
+    return turns + list(example.fields.items())

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from luthier.cli.present import Json, console, moment, open_store, show_json, show_table, size
 
+if TYPE_CHECKING:
+    from luthier.records.base_model import BaseModelInfo
+    from luthier.records.model import TunedModel
+
 app = typer.Typer(no_args_is_help=True, help="Base models and tuned models.")
+ENCODER_USE = "For classification and embeddings; it does not write, so it is neither served nor asked."
 
 
 @app.command()
@@ -36,7 +42,8 @@ def pull(
     if as_json:
         show_json(info)
         return
-    typer.echo(f"{info.id}: {info.parameters / 1e6:,.0f} million parameters, context {info.context_length:,} tokens.")
+    sizes = f"{info.parameters / 1e6:,.0f} million parameters, context {info.context_length:,} tokens"
+    typer.echo(f"{info.id}: {info.kind}, {sizes}." + (" " + ENCODER_USE if info.kind == "encoder" else ""))
     _warn(info.id, info.licence, info.restriction)
 
 
@@ -52,6 +59,7 @@ def catalogue(as_json: bool = Json) -> None:
     rows = [
         (
             e.id,
+            e.kind,
             f"{e.parameters / 1e6:,.0f} M",
             f"{e.context_length:,}",
             e.chat_format,
@@ -60,7 +68,7 @@ def catalogue(as_json: bool = Json) -> None:
         )
         for e in entries
     ]
-    show_table(None, ("name", "#parameters", "#context", "chat format", "licence", "note"), rows)
+    show_table(None, ("name", "kind", "#parameters", "#context", "chat format", "licence", "note"), rows)
     typer.echo("Any hub id (owner/model) with safetensors weights, or a local folder, works the same way.")
 
 
@@ -74,8 +82,8 @@ def list_models(as_json: bool = Json) -> None:
         return
     show_table(
         "Base models",
-        ("name", "#parameters", "#context", "licence"),
-        [(b.id, f"{b.parameters / 1e6:,.0f} M", f"{b.context_length:,}", b.licence) for b in bases],
+        ("name", "kind", "#parameters", "#context", "licence"),
+        [(b.id, b.kind, f"{b.parameters / 1e6:,.0f} M", f"{b.context_length:,}", b.licence) for b in bases],
     )
     show_table(
         "Tuned models",
@@ -95,8 +103,34 @@ def list_models(as_json: bool = Json) -> None:
 
 @app.command()
 def show(name: str, as_json: bool = Json) -> None:
-    """Show everything that is recorded of a tuned model."""
-    model = open_store().models.get(name)
+    """Show everything that is recorded of a tuned model, or of a base model."""
+    store = open_store()
+    base = next((base for base in store.models.bases() if base.id == name), None)
+    if base is not None:
+        _show_base(base, as_json=as_json)
+    else:
+        _show_tuned(store.models.get(name), as_json=as_json)
+
+
+def _show_base(base: BaseModelInfo, *, as_json: bool) -> None:
+    if as_json:
+        show_json(base)
+        return
+    rows: list[tuple[str, object]] = [
+        ("kind", base.kind),
+        ("architecture", base.architecture),
+        ("parameters", f"{base.parameters:,}"),
+        ("context", f"{base.context_length:,} tokens"),
+        ("chat format", base.chat_format),
+        ("source", base.source),
+        ("weights", f"sha256 {base.sha256[:12]}…"),
+        ("pulled", moment(base.pulled_at)),
+    ]
+    show_table(base.id, ("what", "value"), rows)
+    _warn(base.id, base.licence, base.restriction)
+
+
+def _show_tuned(model: TunedModel, *, as_json: bool) -> None:
     if as_json:
         show_json(model)
         return

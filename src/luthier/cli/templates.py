@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import typer
 
 from luthier.cli.present import Json, console, open_store, show_json, show_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from luthier.workflows.templates import TokenPiece
 
 app = typer.Typer(no_args_is_help=True, help="Templates: handlebars texts that turn fields into messages.")
 
@@ -13,15 +21,17 @@ app = typer.Typer(no_args_is_help=True, help="Templates: handlebars texts that t
 def save(
     name: str,
     user: str = typer.Option(..., help="What the user says, such as '{{text}}'."),
-    assistant: str = typer.Option(..., help="What the model should answer, such as '{{label}}'."),
+    assistant: str = typer.Option("", help="What the model should answer, such as '{{label}}'; not for classifiers."),
     system: str = typer.Option(None, help="The system prompt."),
+    rejected: str = typer.Option(None, help="The worse answer, to learn a preference from, such as '{{worse}}'."),
     as_json: bool = Json,
 ) -> None:
     """Save a template; a changed text becomes a new version."""
     from luthier.records.template import Template
     from luthier.workflows.templates import save_template
 
-    saved = save_template(open_store(), name, Template(system=system, user=user, assistant=assistant))
+    texts = Template(system=system, user=user, assistant=assistant, rejected=rejected)
+    saved = save_template(open_store(), name, texts)
     if as_json:
         show_json(saved)
     else:
@@ -35,8 +45,11 @@ def list_templates(as_json: bool = Json) -> None:
     if as_json:
         show_json(templates)
         return
-    rows = [(t.reference, t.template.system or "", t.template.user, t.template.assistant) for t in templates]
-    show_table(None, ("template", "system", "user", "assistant"), rows)
+    rows = [
+        (t.reference, t.template.system or "", t.template.user, t.template.assistant, t.template.rejected or "")
+        for t in templates
+    ]
+    show_table(None, ("template", "system", "user", "assistant", "rejected"), rows)
 
 
 @app.command()
@@ -48,8 +61,6 @@ def preview(
     as_json: bool = Json,
 ) -> None:
     """Show what a template makes of real rows, and which tokens carry loss."""
-    from rich.text import Text
-
     from luthier.workflows.templates import preview as render_preview
 
     store = open_store()
@@ -60,12 +71,9 @@ def preview(
         return
     screen = console()
     for shown in previews:
-        learned = sum(piece.learned for piece in shown.pieces)
-        screen.rule(f"{shown.example_id}: {len(shown.pieces)} tokens, {learned} with loss", align="left")
-        line = Text()
-        for piece in shown.pieces:
-            line.append(piece.text, style="bold black on green" if piece.learned else "dim")
-        screen.print(line)
+        _show_pieces(screen, shown.example_id, shown.pieces)
+        if shown.rejected:
+            _show_pieces(screen, f"{shown.example_id}, rejected answer", shown.rejected)
         if shown.problem:
             screen.print(f"Problem: {shown.problem}", style="yellow", markup=False)
     if screen.is_terminal:
@@ -74,3 +82,14 @@ def preview(
         screen.print(
             "\nTokens with loss: " + " ".join(repr(p.text) for s in previews[:1] for p in s.pieces if p.learned)
         )
+
+
+def _show_pieces(screen: Console, title: str, pieces: Sequence[TokenPiece]) -> None:
+    from rich.text import Text
+
+    learned = sum(piece.learned for piece in pieces)
+    screen.rule(f"{title}: {len(pieces)} tokens, {learned} with loss", align="left")
+    line = Text()
+    for piece in pieces:
+        line.append(piece.text, style="bold black on green" if piece.learned else "dim")
+    screen.print(line)

@@ -18,6 +18,10 @@ def train(
     template: str = typer.Option(None, "--template", "-t", help="A saved template; none for conversations."),
     base: str = typer.Option("smollm2-135m", "--base", "-b", help="A base model that was pulled."),
     suffix: str = typer.Option("", help="Stands in the model's name."),
+    method: str = typer.Option(
+        None, "--method", "-m", help="supervised, raw_text, dpo, orpo, kto, reward, classification or regression."
+    ),
+    mode: str = typer.Option(None, help="lora, rslora, dora, qlora, full or last_layers."),
     option: list[str] = typer.Option([], "--option", "-o", help="name=value; see --options for all of them."),
     config: Path = typer.Option(None, help="A YAML or JSON file with options."),
     parity_prompts: int = typer.Option(64, help="Held-out prompts that prove that what is served was trained."),
@@ -27,7 +31,7 @@ def train(
     detach: bool = typer.Option(False, help="Put it into the queue and return."),
     as_json: bool = Json,
 ) -> None:
-    """Train a model: plan, LoRA, export, proof of parity, registration."""
+    """Train a model: plan, training, export, proof of parity, registration."""
     if options:
         _show_options(as_json)
         return
@@ -46,17 +50,16 @@ def train(
         dataset=store.datasets.get(dataset).reference,
         template=store.templates.get(template).reference if template else None,
         suffix=suffix,
-        options=_training_config(option, config),
+        options=_training_config([*_named(method=method, mode=mode), *option], config),
         parity_prompts=parity_prompts,
         parity_limit=parity_limit,
     )
-    made = plan_run(store, request)
-    if not as_json:
-        _show_plan(made)
     if plan:
-        if as_json:
-            show_json(made)
+        made = plan_run(store, request)
+        show_json(made) if as_json else _show_plan(made)
         return
+    if not as_json:
+        _show_plan(plan_run(store, request, measure=False))
     run = submit(store, "train", request.model_dump(mode="json"))
     if detach:
         start(store, run.id)
@@ -89,6 +92,7 @@ def _training_config(options: list[str], path: Path | None) -> Any:
     from luthier.records.training import TrainingConfig
 
     values: dict[str, Any] = {}
+    problems: list[str] = []
     if path:
         import yaml
 
@@ -101,15 +105,23 @@ def _training_config(options: list[str], path: Path | None) -> Any:
         if not equals:
             raise InputError(f"The option {text!r} is not name=value.")
         try:
-            values[name] = json.loads(value)
+            read = json.loads(value)
         except ValueError:
-            values[name] = value
-    known = TrainingConfig.model_fields
-    problems = [f"there is no option {name!r}.{did_you_mean(name, known)}" for name in values if name not in known]
+            read = value
+        *outer, last = name.split(".")
+        inside = values
+        for key in outer:
+            inside = inside.setdefault(key, {})
+        inside[last] = read
+    known = [name for name, _ in _flat_options(TrainingConfig)]
     try:
-        config = TrainingConfig.model_validate({name: value for name, value in values.items() if name in known})
+        config = TrainingConfig.model_validate(values)
     except ValidationError as error:
-        problems += [f"{e['loc'][0]} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        for found in error.errors():
+            name = ".".join(str(part) for part in found["loc"])
+            unknown = found["type"] == "extra_forbidden"
+            problem = f"there is no option {name!r}.{did_you_mean(name, known)}" if unknown else found["msg"]
+            problems.append(problem if unknown else f"{name} = {found['input']!r}: {problem}")
     if problems:
         raise InputError(
             "The training options are not valid.", problems=sorted(set(problems)), hint="luthier train --options"
@@ -123,8 +135,21 @@ def _show_options(as_json: bool) -> None:
     if as_json:
         show_json(TrainingConfig.model_json_schema())
         return
-    rows = [(name, field.default, field.description or "") for name, field in TrainingConfig.model_fields.items()]
+    rows = [(name, field.default, field.description or "") for name, field in _flat_options(TrainingConfig)]
     show_table(None, ("option", "default", "meaning"), rows)
+
+
+def _named(**flags: str | None) -> list[str]:
+    return [f"{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def _flat_options(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Return every option with its dotted name, those of nested records too."""
+    found: list[tuple[str, Any]] = []
+    for name, field in record.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        found += _flat_options(field.annotation, f"{prefix}{name}.") if inner else [(prefix + name, field)]
+    return found
 
 
 def _show_plan(plan: TrainingPlan) -> None:
@@ -137,11 +162,17 @@ def _show_plan(plan: TrainingPlan) -> None:
             f"the first {plan.shared_prefix} tokens are shared by all examples and computed once a row",
         ),
         ("steps", f"{plan.steps:,}", f"{plan.resolved.batch_size} examples each"),
-        ("memory", size(plan.memory_bytes), f"of {size(plan.machine_memory_bytes)}"),
-        ("time", f"about {duration(plan.seconds)}", "training alone, from this machine's measured matrix rate"),
+        ("memory", size(plan.memory_bytes), f"of {size(plan.machine_memory_bytes)} free; {_how(plan, 'estimated')}"),
+        ("time", f"about {duration(plan.seconds)}", f"training alone, {_how(plan, 'from the measured matrix rate')}"),
     ]
     rows += [(reason.name, reason.value, reason.reason) for reason in plan.reasons]
     rows += [("left out", f"{count:,}", problem.replace("_", " ")) for problem, count in plan.dropped.items()]
     if plan.truncated:
         rows.append(("truncated", f"{plan.truncated:,}", "longer than max_tokens"))
     show_table("Plan", ("what", "#value", "why"), rows)
+
+
+def _how(plan: TrainingPlan, otherwise: str) -> str:
+    if plan.measured is None:
+        return otherwise
+    return f"measured: {plan.measured.tokens:,} tokens in {plan.measured.seconds:.1f} s"

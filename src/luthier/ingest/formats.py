@@ -1,6 +1,6 @@
 """Find out how a source file is to be read: its kind, its encoding, its delimiter.
 
-In: the path of a file a user named, and whatever the user said about it. Out: a
+In: the path of a file or folder a user named, and whatever the user said about it. Out: a
 :class:`~luthier.records.dataset.SourceFormat` for :func:`luthier.ingest.readers.read_rows`. Only a bounded sample
 from the start of the file is looked at; what the sample did not show is reported row by row when the file is read.
 """
@@ -15,20 +15,21 @@ from encodings.aliases import aliases
 from io import StringIO
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import charset_normalizer
 
 from luthier.errors import InputError, NotFoundError, did_you_mean
-from luthier.records.dataset import SourceFormat
+from luthier.ingest.chat_rows import is_chat_row
+from luthier.ingest.documents import DOCUMENT_SUFFIXES, document_files
+from luthier.records.dataset import SourceFormat, SourceKind
 
-SourceKind = Literal["csv", "jsonl", "chat"]
-
-KINDS: tuple[SourceKind, ...] = ("csv", "jsonl", "chat")
+KINDS: tuple[SourceKind, ...] = ("csv", "jsonl", "chat", "text")
 DELIMITERS = (",", ";", "\t", "|")
 DELIMITER_NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|"}
 SAMPLE_BYTES = 1 << 20
 DIALECT_RECORDS = 100
+TABLE_FIT = 0.9
+TABLE_LINES = 3
 CHARSET_BYTES = 1 << 15
 CODECS_NOT_FOR_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "unicode_escape"}
 
@@ -56,15 +57,19 @@ def detect_format(
     """Return how to read a file; each part that is not given is detected from the first MiB.
 
     Args:
-        path: The source file.
-        kind: ``csv``, ``jsonl`` (an object of fields per line) or ``chat`` (OpenAI's ``messages`` per line).
+        path: The source file, or a folder of ``.txt`` and ``.md`` files.
+        kind: ``csv``, ``jsonl`` (an object of fields per line), ``chat`` (OpenAI's ``messages`` or a pair of answers
+            per line) or ``text`` (a document per file).
         encoding: A name that Python knows, such as ``cp1252``.
         delimiter: One character, or ``comma``, ``semicolon``, ``tab``, ``pipe``; for CSV only.
 
     Raises:
         NotFoundError: There is no such file.
-        InputError: The file is empty, packed or a JSON array, its encoding cannot be told, or an option is unknown.
+        InputError: The file is empty, packed or a JSON array, its encoding cannot be told, an option is unknown, or a
+            folder has no text files.
     """
+    if path.is_dir():
+        return _folder_format(path, kind, encoding, delimiter)
     sample = _read_sample(path)
     codec = _named_encoding(encoding, sample) if encoding else _detected_encoding(sample, path.name)
     text = _decode_sample(sample, codec)
@@ -74,18 +79,33 @@ def detect_format(
     _refuse_json_array(text, path, named)
     found = named or _detected_kind(text, path)
     if found != "csv":
-        if delimiter:
-            raise InputError(f"A delimiter ({delimiter!r}) was given, but {path.name} is read as {found}, not as CSV.")
+        _refuse_delimiter(path, found, delimiter)
         return SourceFormat(kind=found, encoding=codec)
     chosen = _named_delimiter(delimiter) if delimiter else _detected_delimiter(text)
     return SourceFormat(kind="csv", encoding=codec, delimiter=chosen)
 
 
+def _folder_format(path: Path, kind: str | None, encoding: str | None, delimiter: str | None) -> SourceFormat:
+    suffixes = " or ".join(DOCUMENT_SUFFIXES)
+    if kind and _named_kind(kind) != "text":
+        raise InputError(f"{str(path)!r} is a folder: its {suffixes} files are read as text, not as {kind}.")
+    _refuse_delimiter(path, "text", delimiter)
+    files = document_files(path)
+    if not files:
+        raise InputError(f"The folder {str(path)!r} has no {suffixes} file.")
+    with files[0].open("rb") as file:
+        start = file.read(4)
+    return SourceFormat(kind="text", encoding=_named_encoding(encoding, start) if encoding else "utf-8")
+
+
+def _refuse_delimiter(path: Path, kind: SourceKind, delimiter: str | None) -> None:
+    if delimiter:
+        raise InputError(f"A delimiter ({delimiter!r}) was given, but {path.name} is read as {kind}, not as CSV.")
+
+
 def _read_sample(path: Path) -> bytes:
     if not path.exists():
         raise NotFoundError(f"There is no file {str(path)!r}.")
-    if path.is_dir():
-        raise InputError(f"{str(path)!r} is a folder; a file is needed.")
     try:
         with path.open("rb") as file:
             sample = file.read(SAMPLE_BYTES)
@@ -186,7 +206,7 @@ def _named_kind(kind: str) -> SourceKind:
 
 
 def _refuse_json_array(text: str, path: Path, kind: SourceKind | None) -> None:
-    if kind == "csv" or not text.lstrip().startswith("["):
+    if kind in ("csv", "text") or not text.lstrip().startswith("["):
         return
     if kind or path.suffix.lower() in (".json", ".jsonl") or re.match(r"\s*\[\s*\{", text):
         raise InputError(
@@ -198,15 +218,29 @@ def _refuse_json_array(text: str, path: Path, kind: SourceKind | None) -> None:
 def _detected_kind(text: str, path: Path) -> SourceKind:
     looks_like_json = re.match(r'\s*\{\s*"', text) or path.suffix.lower() in (".jsonl", ".ndjson", ".json")
     if not looks_like_json:
-        return "csv"
+        return "text" if _is_document(text, path) else "csv"
     for line in text.split("\n"):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
-            return "chat" if "messages" in value else "jsonl"
-    return "chat" if re.match(r'\s*\{\s*"messages"\s*:', text) else "jsonl"
+            return "chat" if is_chat_row(value) else "jsonl"
+    # The first row is longer than the sample, or broken.
+    return "chat" if re.match(r'\s*\{\s*"(messages"\s*:|input"\s*:\s*\{\s*"messages")', text) else "jsonl"
+
+
+def _is_document(text: str, path: Path) -> bool:
+    """Tell prose from a table saved as ``.txt``: that has three lines, and nearly all have the header's columns."""
+    if path.suffix.lower() not in DOCUMENT_SUFFIXES:
+        return False
+    if (
+        path.suffix.lower() != ".txt"
+        or sum(not line.isspace() for line in text.splitlines(keepends=True)) < TABLE_LINES
+    ):
+        return True
+    fits = (_dialect_fit(text, delimiter) for delimiter in DELIMITERS)
+    return not any(share >= TABLE_FIT and columns > 1 for share, columns in fits)
 
 
 def _named_delimiter(delimiter: str) -> str:

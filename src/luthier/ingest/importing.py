@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from luthier.errors import InputError
+from luthier.ingest.documents import document_files
 from luthier.ingest.readers import read_rows
 from luthier.records.dataset import BadRow, ImportReport, SourceFormat
 from luthier.records.example import Example
@@ -29,7 +30,7 @@ def import_examples(
     """Stream the good rows of a file to ``write`` and report what was taken and left.
 
     Args:
-        path: The source file.
+        path: The source file; for plain text, also a folder.
         fmt: How to read it, from :func:`luthier.ingest.formats.detect_format`.
         write: Takes each example, in the order of the file.
         max_bad_share: Refuse the file when a larger share of its rows is bad (0 allows none, 1 any but all).
@@ -39,7 +40,7 @@ def import_examples(
         InputError: The header of a CSV file is wrong, no row could be taken, or too many are bad. By then ``write``
             has had the good rows: the caller publishes them only after success.
     """
-    total_bytes = path.stat().st_size
+    total_bytes = sum(file.stat().st_size for file in document_files(path))
     on_bytes = (lambda done: on_progress(done, total_bytes)) if on_progress else None
     fields: dict[str, None] = {}
     bad_rows: list[BadRow] = []

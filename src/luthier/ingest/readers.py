@@ -7,40 +7,24 @@ Nothing is dropped without a word, except empty lines. Values stay as they are: 
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn, TextIO
 
 from luthier.errors import InputError
+from luthier.ingest.chat_rows import json_type, read_chat_row
+from luthier.ingest.decoding import ERROR_HANDLER, MAX_LINE_CHARS, text_problem
+from luthier.ingest.documents import read_documents
 from luthier.records.dataset import BadRow, SourceFormat
-from luthier.records.example import Example, Message, Role
+from luthier.records.example import Example
 
 MAX_FIELD_CHARS = 10_000_000
-MAX_LINE_CHARS = 16_000_000
 MAX_DEPTH = 100
 MAX_HEADER_NAME_CHARS = 120
 REPORT_BYTES = 1 << 20
-
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-TOOL_ROLES = ("tool", "function")
-MESSAGE_KEYS = {"role", "content", "weight"}
-
-# Bytes that do not decode become one lone surrogate, U+DC00 + the byte: no decoder gives these for good text.
-UNDECODABLE = re.compile("[\udc00-\udcff]")
-ERROR_HANDLER = "luthier.mark_undecodable"
-
-
-def _mark_undecodable(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return chr(0xDC00 + error.object[error.start]), error.end
-
-
-codecs.register_error(ERROR_HANDLER, _mark_undecodable)
 
 
 class SourceLines:
@@ -94,13 +78,16 @@ def read_rows(
     """Yield each row of a file as an example, or as a bad row with its line and every rule it breaks.
 
     Args:
-        path: The source file.
+        path: The source file; for plain text, also a folder.
         fmt: How to read it, from :func:`luthier.ingest.formats.detect_format`.
         on_bytes: Called about once per MiB with the bytes read so far.
 
     Raises:
         InputError: A CSV file has no header, or a header with empty or repeated names.
     """
+    if fmt.kind == "text":
+        yield from read_documents(path, fmt.encoding, on_bytes=on_bytes)
+        return
     newline = "" if fmt.kind == "csv" else "\n"
     with path.open(encoding=fmt.encoding, errors=ERROR_HANDLER, newline=newline) as file:
         lines = SourceLines(file, on_bytes)
@@ -109,19 +96,6 @@ def read_rows(
 
 def _example_id(line: int) -> str:
     return f"row-{line:07d}"
-
-
-def _text_problem(text: str, encoding: str) -> str | None:
-    if text.isascii():
-        return "has a NUL character" if "\0" in text else None
-    undecodable = UNDECODABLE.search(text)
-    if undecodable:
-        byte = ord(undecodable.group()) - 0xDC00
-        return (
-            f"byte 0x{byte:02X} is not valid {encoding}: name the encoding of the file with --encoding, "
-            "for example --encoding cp1252"
-        )
-    return "has a NUL character" if "\0" in text else None
 
 
 # CSV
@@ -178,7 +152,7 @@ def _header_problems(names: list[str], encoding: str) -> list[str]:
     for number, name in enumerate(names, 1):
         if len(name) > MAX_HEADER_NAME_CHARS or "\n" in name:
             problems.append(f"column {number} has a text for a name: {name[:60]!r}…")
-        elif problem := _text_problem(name, encoding):
+        elif problem := text_problem(name, encoding):
             problems.append(f"the name of column {number} {problem}")
     return problems + _numbers_as_names(names)
 
@@ -200,7 +174,7 @@ def _csv_problem(values: list[str], names: list[str], start: int, lines: SourceL
     text = "".join(values)
     if not text or text.isspace():
         return "is blank in every column"
-    problem = _text_problem(text, encoding)
+    problem = text_problem(text, encoding)
     if problem or len(values) == len(names):
         return problem
     reason = f"has {_columns(len(values))}, the header has {len(names)}"
@@ -241,7 +215,7 @@ def _read_json_lines(lines: SourceLines, fmt: SourceFormat) -> Iterator[Example 
 
 
 def _parse_object(line: str, encoding: str) -> dict[str, Any]:
-    if problem := _text_problem(line, encoding):
+    if problem := text_problem(line, encoding):
         raise ValueError(problem)
     try:
         value = json.loads(line, parse_constant=_refuse_constant, parse_float=_finite_float)
@@ -250,7 +224,7 @@ def _parse_object(line: str, encoding: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"is nested deeper than {MAX_DEPTH} levels") from None
     if not isinstance(value, dict):
-        raise ValueError(f"is {_json_type(value)}, not a JSON object")
+        raise ValueError(f"is {json_type(value)}, not a JSON object")
     if not value:
         raise ValueError("is an empty object")
     if line.count("[") + line.count("{") > MAX_DEPTH or "\\u0000" in line or "\\ud" in line.lower():
@@ -267,13 +241,6 @@ def _finite_float(text: str) -> float:
     if number in (float("inf"), float("-inf")):
         raise ValueError(f"has the number {text}, which is too large")
     return number
-
-
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
-    return names.get(type(value), "a number")
 
 
 def _check_inside(value: Any) -> None:
@@ -299,83 +266,6 @@ def _fields_example(row: dict[str, Any], line: int) -> Example:
     return Example(id=_example_id(line), fields=row, line=line)
 
 
-# Chat (https://platform.openai.com/docs/api-reference/fine-tuning/chat-input)
-
-
 def _chat_example(row: dict[str, Any], line: int) -> Example:
-    messages, problems = read_messages(row.get("messages"))
-    problems += [f"{key} is not supported yet" for key in ("tools", "functions") if row.get(key)]
-    if problems:
-        raise ValueError("; ".join(problems))
-    fields = {name: value for name, value in row.items() if name != "messages"}
-    return Example(id=_example_id(line), fields=fields, messages=messages, line=line)
-
-
-def read_messages(value: Any) -> tuple[tuple[Message, ...], list[str]]:
-    """Return the messages of one conversation in OpenAI's form, and every rule that it breaks.
-
-    The last message must be the assistant's, and one of the assistant's must have a weight other than 0.
-    """
-    if not isinstance(value, list) or not value:
-        return (), ["messages must be an array with at least one message"]
-    problems: list[str] = []
-    messages: list[Message] = []
-    for number, item in enumerate(value):
-        message, wrong = _read_message(item)
-        problems += [f"messages[{number}] {problem}" for problem in wrong]
-        if message:
-            messages.append(message)
-    roles = [item.get("role") if isinstance(item, dict) else None for item in value]
-    if "assistant" not in roles:
-        problems.append("there is no assistant message to learn from")
-    elif roles[-1] != "assistant":
-        problems.append("the last message must be the assistant's")
-    elif not problems and not any(message.role == "assistant" and message.weight for message in messages):
-        problems.append("every assistant message has weight 0: nothing is left to learn")
-    return tuple(messages), problems
-
-
-def _read_message(item: Any) -> tuple[Message | None, list[str]]:
-    if not isinstance(item, dict):
-        return None, [f"is {_json_type(item)}, not an object"]
-    role = item.get("role")
-    if role in TOOL_ROLES:
-        return None, [f"has the role {role!r}, which is not supported yet"]
-    problems = [] if isinstance(role, str) and role in ROLES else [f"has the unknown role {role!r}"]
-    unknown = [key for key, value in item.items() if key not in MESSAGE_KEYS and value not in (None, [], "")]
-    problems += [f"has {key!r}, which is not supported yet" for key in unknown]
-    text = "" if "tool_calls" in unknown and item.get("content") is None else _read_content(item, problems)
-    weight = item.get("weight")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        problems.append(f"has the weight {weight!r}; it must be 0 or 1")
-    elif weight is not None and role != "assistant":
-        problems.append("has a weight; only assistant messages may")
-    if problems:
-        return None, problems
-    return Message(role=ROLES[cast(str, role)], content=text, weight=1 if weight is None else weight), []
-
-
-def _read_content(item: dict[str, Any], problems: list[str]) -> str:
-    content = item.get("content")
-    if isinstance(content, list):
-        content = _join_parts(content, problems)
-    elif not isinstance(content, str):
-        problems.append("has no content" if content is None else f"has {_json_type(content)} for content")
-        return ""
-    if not content and item.get("role") == "assistant" and not problems:
-        problems.append("has empty content: nothing is left to learn")
-    return content
-
-
-def _join_parts(parts: list[Any], problems: list[str]) -> str:
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(text, str):
-            texts.append(text)
-        elif kind == "text" or not isinstance(kind, str):
-            problems.append("has a content part that is not {'type': 'text', 'text': …}")
-        else:
-            problems.append(f"has a content part of type {kind!r}, which is not supported yet")
-    return "".join(texts)
+    chat = read_chat_row(row)
+    return Example(id=_example_id(line), fields=chat.fields, messages=chat.messages, rejected=chat.rejected, line=line)

@@ -34,7 +34,7 @@ from luthier.ingest.near_duplicates import (
     signature,
 )
 from luthier.records.dataset import SplitConfig, SplitReport
-from luthier.records.example import Example, SplitName
+from luthier.records.example import Example, Message, SplitName
 from luthier.records.record import canonical_json
 
 SIDES: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -43,6 +43,7 @@ SAMPLE_ROWS = 1_000
 SAMPLE_CHARS = 2_000_000
 MAX_FIELD_NAMES = 1_000
 MESSAGES = "\0messages"
+ANSWERS = "\0answers"
 
 _LETTERS = re.compile(r"[^\W\d_]+")
 
@@ -143,11 +144,21 @@ def _take_sample(rows: Iterator[Example]) -> list[Example]:
 
 
 def _texts(example: Example, label: str | None) -> dict[str, str]:
-    """Return the contents by name, without the label, in lower case and with white space folded."""
+    """Return the contents by name, without the label, in lower case and with white space folded.
+
+    A pair's prompt stands apart from its answers, so that all pairs of one prompt stay on one side.
+    """
     texts = {name: _fold(value) for name, value in example.fields.items() if name != label}
-    if example.messages:
-        texts[MESSAGES] = _fold("\n".join(f"{message.role} {message.content}" for message in example.messages))
+    if example.messages and example.rejected:
+        texts[MESSAGES] = _fold_turns(example.messages[:-1])
+        texts[ANSWERS] = _fold_turns((*example.messages[-1:], *example.rejected))
+    elif example.messages:
+        texts[MESSAGES] = _fold_turns(example.messages)
     return texts
+
+
+def _fold_turns(messages: Iterable[Message]) -> str:
+    return _fold("\n".join(f"{message.role} {message.content}" for message in messages))
 
 
 def _fold(value: Any) -> str:
@@ -182,7 +193,7 @@ def _text_fields(sample: Sequence[Mapping[str, str]]) -> frozenset[str] | None:
     texts: Counter[str] = Counter()
     for row in sample:
         present.update(row.keys())
-        texts.update(name for name, text in row.items() if _is_text(text))
+        texts.update(name for name, text in row.items() if name != ANSWERS and _is_text(text))
     return frozenset(name for name, count in texts.items() if count * 2 >= present[name]) or None
 
 

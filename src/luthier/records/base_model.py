@@ -9,13 +9,17 @@ from pydantic import Field
 
 from luthier.records.record import Record
 
+ModelKind = Literal["decoder", "encoder"]
+NO_CHAT_FORMAT = "none"
+
 
 class CatalogueEntry(Record):
     """A model that Luthier knows by a short name.
 
-    ``source`` is ``wheel:<package>==<version>/<path in the wheel>`` or ``hub:<owner>/<model>``. ``sha256`` is the
-    hash of the fetched file where it is fixed here. ``restriction`` says in plain words what the licence forbids;
-    None means that commercial use is free.
+    ``source`` is ``wheel:<package>==<version>/<path in the wheel>`` or ``hub:<owner>/<model>``; a path that ends in
+    ``/`` is a folder, whose texts and safetensors are taken. ``sha256`` is the hash of the fetched file where it is
+    fixed here; of a folder, that of the wheel. ``restriction`` says in plain words what the licence forbids; None means
+    that commercial use is free.
     """
 
     id: str
@@ -23,6 +27,7 @@ class CatalogueEntry(Record):
     sha256: str | None = None
     licence: str
     restriction: str | None = None
+    kind: ModelKind = "decoder"
     parameters: int
     context_length: int
     chat_format: str
@@ -33,7 +38,8 @@ class BaseModelInfo(Record):
     """A base model in the cache, converted once to safetensors.
 
     ``sha256`` is the hash of its weights file list (see :func:`luthier.store.artifacts.folder_hash`), and names
-    the model in the record of everything that is trained from it. ``served`` says whether it has a GGUF form.
+    the model in the record of everything that is trained from it. A decoder writes; an encoder reads whole texts, for
+    classification and embeddings: it has no chat format ("none") and is never served.
     """
 
     id: str
@@ -41,6 +47,7 @@ class BaseModelInfo(Record):
     licence: str
     restriction: str | None = None
     architecture: str
+    kind: ModelKind = "decoder"
     parameters: int
     context_length: int
     chat_format: str
@@ -61,7 +68,10 @@ class Machine(Record):
 
 
 class ModelShape(Record):
-    """The sizes of a decoder that decide its memory and arithmetic, read from its ``config.json``."""
+    """The sizes of a model that decide its memory and arithmetic, read from its ``config.json``.
+
+    ``mlp_matrices`` is 3 where the feed-forward layer has a gate, else 2.
+    """
 
     layers: int
     width: int
@@ -71,10 +81,11 @@ class ModelShape(Record):
     vocabulary: int
     context_length: int
     parameters: int
+    mlp_matrices: int = 3
 
     @property
     def linear_parameters(self) -> int:
         """The parameters that every token is multiplied with, without embeddings and head."""
         head_width = self.width // self.heads
         attention = self.width * head_width * (2 * self.heads + 2 * self.key_heads)
-        return self.layers * (attention + 3 * self.width * self.intermediate)
+        return self.layers * (attention + self.mlp_matrices * self.width * self.intermediate)

@@ -11,19 +11,20 @@ from luthier.records.example import SplitName
 from luthier.records.record import Record
 
 DatasetKind = Literal["fields", "chat"]
+SourceKind = Literal["csv", "jsonl", "chat", "text"]
 
 
 class BadRow(Record):
-    """A row that was left out: its line in the source (from 1) and the rule it breaks."""
+    """A row that was left out: its line in the source (from 1; in a folder, which file) and the rule it breaks."""
 
     line: int
     reason: str
 
 
 class SourceFormat(Record):
-    """How a source file was read; every part is detected unless the user names it."""
+    """How a source was read; every part is detected unless the user names it."""
 
-    kind: Literal["csv", "jsonl", "chat"]
+    kind: SourceKind
     encoding: str = "utf-8"
     delimiter: str | None = None
 

@@ -1,4 +1,4 @@
-"""Examples: what a model learns from, as named fields or as a finished conversation."""
+"""Examples: what a model learns from, as named fields, as a finished conversation, or as a pair of answers."""
 
 from __future__ import annotations
 
@@ -26,26 +26,38 @@ class Message(Record):
 class Example(Record):
     """One example: either ``fields`` (rendered through a template) or ``messages`` (already a conversation).
 
+    With ``rejected``, ``messages`` is the prompt and the preferred answer, and ``rejected`` is the worse answer to the
+    same prompt. The ``fields`` of a conversation are the other keys of its row, such as a weight or a label.
     ``line`` is where it stood in its source file, counted from 1. ``split`` is None until the dataset is split.
     """
 
     id: str
     fields: dict[str, Any] = Field(default_factory=dict)
     messages: tuple[Message, ...] | None = None
+    rejected: tuple[Message, ...] | None = None
     split: SplitName | None = None
     line: int | None = None
 
     def content_key(self) -> str:
         """Return a hash of the content alone (not id, line or split): equal for exact duplicates."""
         messages = [message.model_dump() for message in self.messages] if self.messages else None
-        return content_hash([self.fields, messages])
+        rejected = [[message.model_dump() for message in self.rejected]] if self.rejected else []
+        return content_hash([self.fields, messages, *rejected])
 
 
 class Conversation(Record):
-    """An example as messages; the last one is the assistant's answer to learn, or to be compared with."""
+    """An example as messages; the last one is the assistant's answer to learn, or to be compared with.
+
+    ``rejected`` is the worse answer to the same prompt. ``weight`` multiplies the example's loss; ``margin`` is by how
+    much the preferred answer is better; ``thumb`` says whether the answer was liked. They come from columns.
+    """
 
     example_id: str
     messages: tuple[Message, ...]
+    rejected: tuple[Message, ...] | None = None
+    weight: float = 1.0
+    margin: float = 0.0
+    thumb: bool | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -56,3 +68,9 @@ class Conversation(Record):
     def answer(self) -> str:
         """The text of the final assistant message."""
         return self.messages[-1].content
+
+    def ending_in(self, answer: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Return the prompt and an answer, with a weight (and so loss) on the last message alone."""
+        turns = (*self.prompt, *answer)
+        silent = (turn.model_copy(update={"weight": 0}) if turn.role == "assistant" else turn for turn in turns[:-1])
+        return (*silent, *(turn.model_copy(update={"weight": 1}) for turn in turns[-1:]))

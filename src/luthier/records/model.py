@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from luthier.errors import InputError
+from luthier.records.objectives import Product
 from luthier.records.record import Record
 from luthier.records.template import TemplateVersion
 from luthier.records.training import Resolved, TrainingResult
@@ -55,7 +56,10 @@ class Parity(Record):
 
 
 class TunedModel(Record):
-    """A tuned model in the registry: all that is needed to make it again, and what it is worth."""
+    """A tuned model in the registry: all that is needed to make it again, and what it is worth.
+
+    ``product`` says what it does: write, score an answer, or label a text with one of ``labels``.
+    """
 
     name: str
     base: str
@@ -71,6 +75,8 @@ class TunedModel(Record):
     training: TrainingResult
     parity: Parity | None
     artifacts: dict[str, Artifact]
+    product: Product = "generator"
+    labels: tuple[str, ...] = ()
     licence: str
     created_at: datetime
 

@@ -6,16 +6,22 @@ from luthier.records.record import Record, content_hash
 
 
 class Template(Record):
-    """Handlebars texts for the three roles; ``system`` may be left out."""
+    """Handlebars texts for the three roles; ``system`` may be left out.
+
+    ``rejected`` is the text of the worse answer, for training on preferences. ``assistant`` may be empty where no
+    answer is learned: what is classified is the user's text.
+    """
 
     system: str | None = None
     user: str
-    assistant: str
+    assistant: str = ""
+    rejected: str | None = None
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of the three texts: two equal templates have one version."""
-        return content_hash(self.model_dump())
+        """SHA-256 of the texts: two equal templates have one version."""
+        # Without a rejected text the hash is what it was before there were any.
+        return content_hash(self.model_dump(exclude={"rejected"} if self.rejected is None else None))
 
     @property
     def fixed_system(self) -> bool:

@@ -6,64 +6,106 @@ from typing import Literal
 
 from pydantic import Field
 
+from luthier.records.columns import Columns
+from luthier.records.objectives import DpoOptions, KtoOptions, Method, OrpoOptions, RewardOptions, SupervisedOptions
 from luthier.records.record import Record
 
+Mode = Literal["lora", "rslora", "dora", "qlora", "full", "last_layers"]
+Schedule = Literal["cosine", "linear", "constant"]
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
 
 
 class TrainingConfig(Record):
-    """The options of supervised LoRA training; each ``"auto"`` is derived by the plan, with its reason.
+    """The options of training; each ``"auto"`` is derived by the plan, with its reason.
 
     ``learning_rate_multiplier`` scales the derived learning rate (OpenAI's meaning); a ``learning_rate`` that is
     given is used as it is. ``max_tokens`` is the longest example in tokens (auto: the model's context length,
-    at most 4,096).
+    at most 4,096; for raw text 1,024). ``columns`` names the fields that hold labels, weights, groups, thumbs …
     """
 
-    method: Literal["supervised"] = "supervised"
+    method: Method = Field("supervised", description="what is learned: answers, raw text, preferences, thumbs, labels")
+    mode: Mode = Field("lora", description="which numbers are trained: an adapter, all of them, or the last layers")
+    supervised: SupervisedOptions = SupervisedOptions()
+    dpo: DpoOptions = DpoOptions()
+    orpo: OrpoOptions = OrpoOptions()
+    kto: KtoOptions = KtoOptions()
+    reward: RewardOptions = RewardOptions()
+    columns: Columns = Columns()
+    resample: dict[str, float] | Literal["none", "balanced"] = Field(
+        "none", description="factor per value of columns.group: 2 twice as often, 0.5 half of them; or balanced"
+    )
     epochs: float | Auto = Field(AUTO, description="passes over the training examples")
     batch_size: int | Auto = Field(AUTO, description="examples per optimizer step")
-    learning_rate: float | Auto = Field(AUTO, description="peak learning rate of the adapter")
+    learning_rate: float | Auto = Field(AUTO, description="peak learning rate")
     learning_rate_multiplier: float = Field(1.0, gt=0, description="scales the derived learning rate")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer from the top")
     warmup_share: float | Auto = Field(AUTO, description="share of the steps with a rising learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after warm-up")
+    schedule: Schedule = Field("cosine", description="learning rate after warm-up")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="AdamW, or with its moments in 8 bits")
     lora_rank: int | Auto = Field(AUTO, description="rank of the low-rank adapter")
     lora_alpha: float | Auto = Field(AUTO, description="scale of the adapter: alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay on the adapter")
+    base_bits: Literal[4, 8] = Field(4, description="bits of the frozen base in mode qlora")
+    last_layers: int | Auto = Field(AUTO, description="layers trained in mode last_layers")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_gradient_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     max_tokens: int | Auto = Field(AUTO, description="longest example, in tokens")
     too_long: Literal["refuse", "drop", "truncate"] = Field("refuse", description="what to do with longer examples")
     empty_mask: Literal["refuse", "drop"] = Field("refuse", description="what to do with examples without loss")
+    equal_answers: Literal["refuse", "drop"] = Field("refuse", description="what to do with pairs of equal answers")
     missing_end_of_turn: Literal["refuse", "drop", "append"] = Field(
         "refuse", description="what to do with answers that do not end in a stop token"
     )
     tokens_per_row: int | Auto = Field(AUTO, description="tokens that go through the model at once")
+    recompute: bool | Auto = Field(AUTO, description="gradient checkpointing: keep only each layer's input")
     validations: int | Auto = Field(AUTO, description="how often validation loss is measured")
+    early_stopping: int = Field(0, ge=0, description="validations without a gain before it stops; 0: never")
+    samples: int = Field(3, ge=0, le=20, description="validation prompts answered at each validation")
+    sample_tokens: int = Field(24, ge=1, le=512, description="longest sample answer, in tokens")
     checkpoints: int | Auto = Field(AUTO, description="how often the state is saved")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="numbers of the frozen base")
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field((), description="log there too, beside TensorBoard")
     seed: int = Field(0, ge=0, lt=2**31, description="order of the examples and the adapter's start")
 
 
 class Resolved(Record):
     """The numbers that a run uses, after every ``auto`` was derived."""
 
+    method: Method = "supervised"
+    mode: Mode = "lora"
     epochs: float = Field(gt=0)
     batch_size: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
+    layer_decay: float = 1.0
     warmup_steps: int = Field(ge=0)
-    schedule: Literal["cosine", "linear", "constant"]
+    schedule: Schedule
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     lora_rank: int = Field(ge=1)
     lora_alpha: float = Field(gt=0)
     lora_dropout: float
+    base_bits: Literal[4, 8] = 4
+    last_layers: int = 0
     weight_decay: float
     max_gradient_norm: float
     max_tokens: int
     tokens_per_row: int
+    recompute: bool = False
     validate_every: int = Field(ge=1)
+    early_stopping: int = 0
     checkpoint_every: int = Field(ge=1)
     precision: Literal["float32", "bfloat16"]
     seed: int
+    supervised: SupervisedOptions = SupervisedOptions()
+    dpo: DpoOptions = DpoOptions()
+    orpo: OrpoOptions = OrpoOptions()
+    kto: KtoOptions = KtoOptions()
+    reward: RewardOptions = RewardOptions()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and not the model's own weights."""
+        return self.mode not in ("full", "last_layers")
 
 
 class Derived(Record):
@@ -74,8 +116,22 @@ class Derived(Record):
     reason: str
 
 
+class Measured(Record):
+    """What a step at the longest length took on this machine, in a process of its own.
+
+    ``tokens`` went through the model in ``seconds``; ``peak_bytes`` is the most memory that the process held.
+    """
+
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+
 class TrainingPlan(Record):
-    """What a run will do, before it does it. Bytes and seconds are estimates; ``reasons`` says how they came."""
+    """What a run will do, before it does it.
+
+    Bytes and seconds are estimates, or follow from ``measured`` steps where there are; ``reasons`` says how they came.
+    """
 
     examples: int
     validation_examples: int
@@ -91,19 +147,23 @@ class TrainingPlan(Record):
     memory_bytes: int
     machine_memory_bytes: int
     seconds: float
+    measured: Measured | None = None
     reasons: tuple[Derived, ...]
 
 
 class StepMetrics(Record):
-    """The state of training after one optimizer step. Rates are per second of wall time, in un-shared tokens."""
+    """The state of training after one optimizer step. Rates are per second of wall time, in un-shared tokens.
+
+    The metrics depend on the method: ``token_accuracy``; ``reward_accuracy``, ``reward_margin`` …; ``accuracy``.
+    """
 
     step: int
     steps: int
     epoch: float
     train_loss: float
-    train_token_accuracy: float
+    train_metrics: dict[str, float] = Field(default_factory=dict)
     valid_loss: float | None = None
-    valid_token_accuracy: float | None = None
+    valid_metrics: dict[str, float] = Field(default_factory=dict)
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
@@ -111,13 +171,19 @@ class StepMetrics(Record):
 
 
 class TrainingResult(Record):
-    """What training came to; the best step is the one with the lowest validation loss."""
+    """What training came to; the best step is the one with the lowest validation loss.
+
+    ``valid_metrics`` and ``test_metrics`` are those of the best step's weights; the test side was looked at once.
+    """
 
     steps: int
     best_step: int
     train_loss: float
     valid_loss: float | None
     best_valid_loss: float | None
+    valid_metrics: dict[str, float] = Field(default_factory=dict)
+    test_metrics: dict[str, float] = Field(default_factory=dict)
+    stopped_early: str | None = None
     trained_tokens: int
     seconds: float
     tokens_per_second: float

@@ -100,6 +100,12 @@ class ChatFormat:
             pad_token=pad if pad is not None else min(stop_tokens),
         )
 
+    @property
+    def end_of_text(self) -> int:
+        """The token that ends a document: the tokenizer's end-of-sequence token, or the first stop token."""
+        token = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        return min(self.stop_tokens) if token is None else token
+
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Return messages as the model's text, with or without the opening of the next answer.
 

@@ -2,30 +2,34 @@
 
 What cannot be learned is never passed on in silence: an example whose loss mask is empty, which lacks its end of
 turn, or which is longer than the context is refused, left out or (if too long) truncated, as the user chose, and
-counted.
+counted. Raw text is in :mod:`luthier.templates.raw_text`, text with a label in :mod:`luthier.templates.labelled`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field
 
 from luthier.errors import InputError
+from luthier.records.columns import Columns
 from luthier.records.example import Conversation, Example, Message
 from luthier.records.record import Record
 from luthier.records.template import Template
 from luthier.templates.chat_format import ChatFormat, RenderedConversation
+from luthier.templates.column_values import read_margins, read_thumbs, read_weights
 from luthier.templates.handlebars import HandlebarsText
 
-Problem = Literal["empty_mask", "missing_end_of_turn", "too_long"]
+T = TypeVar("T")
+Problem = Literal["empty_mask", "missing_end_of_turn", "too_long", "equal_answers"]
 PROBLEM_TEXTS: dict[str, str] = {
     "empty_mask": "no token carries loss (an empty answer, or every answer has weight 0)",
     "missing_end_of_turn": "the chat format does not end the answer with a stop token, so the model would never stop",
     "too_long": "longer than the limit",
+    "equal_answers": "the preferred and the rejected answer are equal, so there is nothing to prefer",
 }
 
 
@@ -34,23 +38,42 @@ class RenderPolicy(Record):
 
     ``refuse`` stops with an error that lists them; ``drop`` leaves them out; ``truncate`` shortens the longest
     prompt message from its end until the example fits ``max_tokens``: the chat format stays whole, and no answer is
-    ever cut; ``append`` adds the end-of-turn token.
+    ever cut; ``append`` adds the end-of-turn token. Both sides of a pair get the same shortened prompt.
     """
 
     max_tokens: int = Field(gt=1)
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     empty_mask: Literal["refuse", "drop"] = "refuse"
     missing_end_of_turn: Literal["refuse", "drop", "append"] = "refuse"
+    equal_answers: Literal["refuse", "drop"] = "refuse"
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An example ready for training: ``tokens`` and, of equal length, ``loss_mask``."""
+    """An example ready for training: ``tokens`` and, of equal length, ``loss_mask``.
+
+    ``label`` is the index of a class, the number to predict, or 1.0 / 0.0 for an answer that was liked or not.
+    """
 
     example_id: str
     tokens: list[int]
     loss_mask: list[bool]
     weight: float = 1.0
+    label: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Two answers to one prompt, ready for training: whole conversations, with loss on the final answer alone.
+
+    ``margin`` is by how much the chosen answer is better.
+    """
+
+    example_id: str
+    chosen: TokenizedExample
+    rejected: TokenizedExample
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 @dataclass
@@ -72,19 +95,26 @@ class TemplateRenderer:
 
     def __init__(self, template: Template | None, fields: Sequence[str]) -> None:
         self._texts: dict[Literal["system", "user", "assistant"], HandlebarsText] = {}
+        self._rejected: HandlebarsText | None = None
+        self._known_fields = tuple(fields)
         if template is None:
             return
         if template.system is not None:
             self._texts["system"] = HandlebarsText(template.system, "system template")
         self._texts["user"] = HandlebarsText(template.user, "user template")
         self._texts["assistant"] = HandlebarsText(template.assistant, "assistant template")
-        for text in self._texts.values():
+        if template.rejected is not None:
+            self._rejected = HandlebarsText(template.rejected, "rejected template")
+        for text in self._all_texts():
             text.check_fields(fields)
 
     @property
     def fields(self) -> frozenset[str]:
         """The fields that the template uses."""
-        return frozenset().union(*(text.fields for text in self._texts.values()))
+        return frozenset().union(*(text.fields for text in self._all_texts()))
+
+    def _all_texts(self) -> list[HandlebarsText]:
+        return [*self._texts.values(), *([self._rejected] if self._rejected else [])]
 
     def conversation(self, example: Example) -> Conversation:
         """Return an example as messages.
@@ -93,14 +123,30 @@ class TemplateRenderer:
             InputError: the example has neither messages nor a template to make them, or a text fails on it.
         """
         if example.messages is not None:
-            return Conversation(example_id=example.id, messages=example.messages)
+            return Conversation(example_id=example.id, messages=example.messages, rejected=example.rejected)
         if not self._texts:
             raise InputError(
                 f"Example {example.id} has fields but no messages, so a template is needed.",
                 hint="make one with: luthier template save NAME --user '{{text}}' --assistant '{{label}}'",
             )
         messages = [Message(role=role, content=text.render(example.fields)) for role, text in self._texts.items()]
-        return Conversation(example_id=example.id, messages=tuple(messages))
+        rejected = self._rejected and (Message(role="assistant", content=self._rejected.render(example.fields)),)
+        return Conversation(example_id=example.id, messages=tuple(messages), rejected=rejected)
+
+    def conversations(self, examples: Sequence[Example], columns: Columns) -> list[Conversation]:
+        """Return examples as messages, with the weight, margin and thumb that their columns say.
+
+        Raises:
+            InputError: as :meth:`conversation`; or a column is unknown, or a value in it breaks its rule (all at once).
+        """
+        columns.check(self._known_fields)
+        weights = read_weights(examples, columns.weight)
+        margins = read_margins(examples, columns.margin)
+        thumbs = read_thumbs(examples, columns.thumb)
+        return [
+            self.conversation(example).model_copy(update={"weight": weight, "margin": margin, "thumb": thumb})
+            for example, weight, margin, thumb in zip(examples, weights, margins, thumbs, strict=True)
+        ]
 
 
 def tokenize(
@@ -111,17 +157,98 @@ def tokenize(
     Raises:
         InputError: examples that cannot be learned where the policy refuses them, all at once; or nothing is left.
     """
+
+    def read(conversation: Conversation, report: RenderReport) -> TokenizedExample | Problem:
+        sides = _tokenize_sides([conversation.messages], chat_format, policy, report)
+        if isinstance(sides, str):
+            return sides
+        return TokenizedExample(conversation.example_id, *sides[0], conversation.weight)
+
+    return _tokenize_all(conversations, read, policy)
+
+
+def tokenize_pairs(
+    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy
+) -> tuple[list[TokenizedPair], RenderReport]:
+    """Return the pairs of answers that a model learns to prefer between.
+
+    Both sides start with the same tokens: the prompt, which is shortened for both where one is too long.
+
+    Raises:
+        InputError: as :func:`tokenize`; conversations without a rejected answer.
+    """
+    pairs = list(conversations)
+    _refuse_missing(
+        [pair.example_id for pair in pairs if not pair.rejected],
+        "no rejected answer",
+        hint="import preferences, or give the template one: luthier template save NAME --rejected '{{worse}}' …",
+    )
+
+    def read(pair: Conversation, report: RenderReport) -> TokenizedPair | Problem:
+        rejected = pair.rejected or ()
+        if [turn.content.strip() for turn in rejected] == [pair.answer.strip()]:
+            return "equal_answers"
+        answers = (pair.messages[-1:], rejected)
+        sides = _tokenize_sides([pair.ending_in(answer) for answer in answers], chat_format, policy, report)
+        if isinstance(sides, str):
+            return sides
+        chosen, worse = (TokenizedExample(pair.example_id, *side, pair.weight) for side in sides)
+        return TokenizedPair(pair.example_id, chosen, worse, pair.weight, pair.margin)
+
+    return _tokenize_all(pairs, read, policy)
+
+
+def tokenize_thumbs(
+    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy
+) -> tuple[list[TokenizedExample], RenderReport]:
+    """Return answers with the label 1.0 (liked) or 0.0 (not), and loss on the final answer alone.
+
+    Raises:
+        InputError: as :func:`tokenize`; conversations without a thumb; or all thumbs that are left are the same.
+    """
+    answers = list(conversations)
+    _refuse_missing(
+        [answer.example_id for answer in answers if answer.thumb is None],
+        "no thumb",
+        hint="name the column that says whether an answer was liked",
+    )
+
+    def read(answer: Conversation, report: RenderReport) -> TokenizedExample | Problem:
+        whole = answer.ending_in(answer.messages[-1:])
+        sides = _tokenize_sides([whole], chat_format, policy, report)
+        if isinstance(sides, str):
+            return sides
+        return TokenizedExample(answer.example_id, *sides[0], answer.weight, float(bool(answer.thumb)))
+
+    kept, report = _tokenize_all(answers, read, policy)
+    if len({example.label for example in kept}) == 1:
+        raise InputError(
+            f"All {len(kept):,} thumbs are {'up' if kept[0].label else 'down'}; learning from thumbs needs both.",
+            hint="add answers with the other thumb, or train on the liked answers alone",
+        )
+    return kept, report
+
+
+Side = tuple[list[int], list[bool]]
+"""The tokens of a whole conversation up to its last one with loss, and their loss mask."""
+
+
+def _tokenize_all(
+    conversations: Iterable[Conversation],
+    read: Callable[[Conversation, RenderReport], T | Problem],
+    policy: RenderPolicy,
+) -> tuple[list[T], RenderReport]:
     report = RenderReport()
-    kept: list[TokenizedExample] = []
+    kept: list[T] = []
     refused: list[str] = []
     for conversation in conversations:
-        example, problem = _tokenize_one(conversation, chat_format, policy, report)
-        if problem and getattr(policy, problem) == "refuse":
-            refused.append(f"example {conversation.example_id}: {PROBLEM_TEXTS[problem]}")
-        elif problem or example is None:
-            report.dropped[problem or "empty_mask"] += 1
+        made = read(conversation, report)
+        if not isinstance(made, str):
+            kept.append(made)
+        elif getattr(policy, made) == "refuse":
+            refused.append(f"example {conversation.example_id}: {PROBLEM_TEXTS[made]}")
         else:
-            kept.append(example)
+            report.dropped[made] += 1
     if refused:
         raise InputError(
             f"{len(refused)} examples cannot be learned as they are (limit {policy.max_tokens} tokens).",
@@ -134,56 +261,72 @@ def tokenize(
     return kept, report
 
 
-def _tokenize_one(
-    conversation: Conversation, chat_format: ChatFormat, policy: RenderPolicy, report: RenderReport
-) -> tuple[TokenizedExample | None, Problem | None]:
-    if not any(turn.content.strip() for turn in conversation.messages if turn.role == "assistant" and turn.weight):
-        return None, "empty_mask"
-    rendered = chat_format.render(conversation.messages)
-    if rendered.loss_tokens == 0:
-        return None, "empty_mask"
-    appended = not rendered.has_end_of_turn
+def _refuse_missing(example_ids: Sequence[str], what: str, hint: str) -> None:
+    if example_ids:
+        problems = [f"example {example_id} has {what}" for example_id in example_ids]
+        raise InputError(f"{len(example_ids):,} examples have {what}.", problems=problems, hint=hint)
+
+
+def _tokenize_sides(
+    sides: Sequence[Sequence[Message]], chat_format: ChatFormat, policy: RenderPolicy, report: RenderReport
+) -> list[Side] | Problem:
+    """Return the tokens and mask of conversations that differ in their last message alone."""
+    if not all(any(_is_learned(turn) for turn in messages) for messages in sides):
+        return "empty_mask"
+    rendered = [chat_format.render(messages) for messages in sides]
+    if not all(one.loss_tokens for one in rendered):
+        return "empty_mask"
+    appended = not all(one.has_end_of_turn for one in rendered)
     if appended and policy.missing_end_of_turn != "append":
-        return None, "missing_end_of_turn"
-    truncated = _learned_length(rendered) + appended > policy.max_tokens
+        return "missing_end_of_turn"
+    room = policy.max_tokens - appended
+    truncated = max(map(_learned_length, rendered)) > room
     if truncated:
-        shorter = None
-        if policy.too_long == "truncate":
-            shorter = _shorten(conversation.messages, chat_format, policy.max_tokens - appended)
+        shorter = _shorten(sides, chat_format, room) if policy.too_long == "truncate" else None
         if shorter is None:
-            return None, "too_long"
+            return "too_long"
         rendered = shorter
-    # What follows the last learned token teaches nothing.
-    tokens = rendered.tokens[: _learned_length(rendered)]
-    mask = rendered.loss_mask[: len(tokens)]
-    if appended:
-        tokens, mask = [*tokens, min(chat_format.stop_tokens)], [*mask, True]
     report.appended += appended
     report.truncated += truncated
-    return TokenizedExample(conversation.example_id, tokens, mask), None
+    return [_learned_part(one, chat_format) for one in rendered]
+
+
+def _is_learned(turn: Message) -> bool:
+    return turn.role == "assistant" and bool(turn.weight) and bool(turn.content.strip())
+
+
+def _learned_part(rendered: RenderedConversation, chat_format: ChatFormat) -> Side:
+    # What follows the last learned token teaches nothing.
+    length = _learned_length(rendered)
+    tokens, mask = rendered.tokens[:length], rendered.loss_mask[:length]
+    if rendered.has_end_of_turn:
+        return tokens, mask
+    return [*tokens, min(chat_format.stop_tokens)], [*mask, True]
 
 
 def _learned_length(rendered: RenderedConversation) -> int:
     return max(index for index, learned in enumerate(rendered.loss_mask) if learned) + 1
 
 
-def _shorten(messages: Sequence[Message], chat_format: ChatFormat, max_tokens: int) -> RenderedConversation | None:
-    """Shorten the longest prompt message from its end until all fits; None where even an empty one does not."""
-    sizes = {i: len(chat_format.encode(turn.content)) for i, turn in enumerate(messages) if turn.role != "assistant"}
+def _shorten(
+    sides: Sequence[Sequence[Message]], chat_format: ChatFormat, max_tokens: int
+) -> list[RenderedConversation] | None:
+    """Shorten the longest message of the prompt from its end, in all sides alike, until each of them fits.
+
+    None where even an empty one does not.
+    """
+    prompt = sides[0][:-1]
+    sizes = {i: len(chat_format.encode(turn.content)) for i, turn in enumerate(prompt) if turn.role != "assistant"}
     if not sizes:
         return None
     longest = max(sizes, key=lambda i: sizes[i])
-    content = chat_format.encode(messages[longest].content)
+    content = chat_format.encode(prompt[longest].content)
     while True:
         # A character of several tokens that was cut in two decodes to U+FFFD at the end.
         text = chat_format.tokenizer.decode(content, skip_special_tokens=False).rstrip("\ufffd")
-        shorter = [
-            *messages[:longest],
-            messages[longest].model_copy(update={"content": text}),
-            *messages[longest + 1 :],
-        ]
-        rendered = chat_format.render(shorter)
-        excess = _learned_length(rendered) - max_tokens
+        message = prompt[longest].model_copy(update={"content": text})
+        rendered = [chat_format.render([*side[:longest], message, *side[longest + 1 :]]) for side in sides]
+        excess = max(map(_learned_length, rendered)) - max_tokens
         if excess <= 0:
             return rendered
         if not content:

@@ -7,16 +7,39 @@ read and overrule; ``docs/training.md`` lists them.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from luthier.records.base_model import Machine, ModelShape
+from luthier.records.objectives import Method
 from luthier.records.training import AUTO, Derived, Resolved, TrainingConfig
 
 T = TypeVar("T")
 
-EXAMPLE_VISITS = 1_500
-MAX_EPOCHS = 10
+
+@dataclass(frozen=True)
+class _Rule:
+    """What ``auto`` means for a method: visits of examples in all, most passes, factor on the learning rate."""
+
+    visits: int
+    max_epochs: int
+    rate: float
+
+
+RULES: dict[Method, _Rule] = {
+    "supervised": _Rule(1_500, 10, 1.0),
+    "raw_text": _Rule(1_500, 3, 0.4),
+    "dpo": _Rule(2_000, 3, 0.1),
+    "orpo": _Rule(2_000, 3, 0.2),
+    "kto": _Rule(2_000, 3, 0.1),
+    "reward": _Rule(2_000, 3, 0.4),
+    "classification": _Rule(40_000, 10, 1.0),
+    "regression": _Rule(40_000, 10, 1.0),
+}
+FULL_RATE = 0.2
 STEPS_PER_EPOCH = 80
+LAST_LAYERS_SHARE = 0.25
+RAW_TEXT_TOKENS = 1_024
 REFERENCE_LEARNING_RATE = 5e-4
 REFERENCE_WIDTH = 576
 REFERENCE_BATCH = 16
@@ -47,46 +70,65 @@ def resolve(
     config: TrainingConfig, examples: int, longest: int, shape: ModelShape, machine: Machine
 ) -> tuple[Resolved, int, list[Derived]]:
     """Derive every ``auto`` value; return them, the number of optimizer steps, and the reasons."""
-    reasons = Reasons()
+    reasons, rule = Reasons(), RULES[config.method]
     epochs = float(
         reasons.pick(
             "epochs",
             config.epochs,
-            float(min(MAX_EPOCHS, max(1, round(EXAMPLE_VISITS / examples)))),
-            f"about {EXAMPLE_VISITS:,} visits of examples in all, 1 to {MAX_EPOCHS} passes over {examples:,}",
+            float(min(rule.max_epochs, max(1, round(rule.visits / examples)))),
+            f"{config.method}: about {rule.visits:,} visits of examples in all, 1 to {rule.max_epochs} passes "
+            f"over {examples:,}",
         )
     )
     batch_size = min(examples, reasons.pick("batch size", config.batch_size, _batch_size(examples), _BATCH_REASON))
     steps = max(1, math.ceil(examples * epochs / batch_size))
-    rank = reasons.pick("LoRA rank", config.lora_rank, 16, "enough for tasks of up to some 10,000 examples")
+    rank = config.lora_rank if config.lora_rank != AUTO else 16
+    alpha = config.lora_alpha if config.lora_alpha != AUTO else 2.0 * rank
+    if config.mode not in ("full", "last_layers"):
+        reasons.pick("LoRA rank", config.lora_rank, rank, "enough for tasks of up to some 10,000 examples")
+        reasons.pick("LoRA alpha", config.lora_alpha, alpha, "twice the rank, so its scale is 2")
     learning_rate = _learning_rate(config, shape, batch_size, reasons)
     warmup_share = reasons.pick("warm-up", config.warmup_share, 0.06, "6 % of the steps")
     validations = int(reasons.pick("validations", config.validations, min(4, steps), "four looks at held-out loss"))
     checkpoints = int(reasons.pick("checkpoints", config.checkpoints, min(10, steps), "a tenth of the work is at risk"))
+    row = _tokens_per_row(config, longest, machine, reasons)
     resolved = Resolved(
+        method=config.method,
+        mode=config.mode,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        layer_decay=config.layer_decay,
         warmup_steps=math.ceil(warmup_share * steps),
         schedule=config.schedule,
+        optimizer=config.optimizer,
         lora_rank=rank,
-        lora_alpha=reasons.pick("LoRA alpha", config.lora_alpha, 2.0 * rank, "twice the rank, so its scale is 2"),
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
+        base_bits=config.base_bits,
+        last_layers=_last_layers(config, shape, reasons),
         weight_decay=config.weight_decay,
         max_gradient_norm=config.max_gradient_norm,
         max_tokens=max_tokens(config, shape),
-        tokens_per_row=_tokens_per_row(config, longest, machine, reasons),
+        tokens_per_row=row,
+        recompute=config.recompute is True,
         validate_every=max(1, steps // max(1, validations)),
+        early_stopping=config.early_stopping,
         checkpoint_every=max(1, steps // max(1, checkpoints)),
         precision=_precision(config, machine, reasons),
         seed=config.seed,
+        supervised=config.supervised,
+        dpo=config.dpo,
+        orpo=config.orpo,
+        kto=config.kto,
+        reward=config.reward,
     )
     return resolved, steps, reasons.found
 
 
 def max_tokens(config: TrainingConfig, shape: ModelShape) -> int:
     """Return the longest example that is allowed: as given, else the context, at most :data:`MAX_AUTO_TOKENS`."""
-    limit = min(shape.context_length, MAX_AUTO_TOKENS)
+    limit = min(shape.context_length, RAW_TEXT_TOKENS if config.method == "raw_text" else MAX_AUTO_TOKENS)
     return limit if config.max_tokens == AUTO else min(int(config.max_tokens), shape.context_length)
 
 
@@ -100,14 +142,25 @@ def _batch_size(examples: int) -> int:
 def _learning_rate(config: TrainingConfig, shape: ModelShape, batch_size: int, reasons: Reasons) -> float:
     width = math.sqrt(REFERENCE_WIDTH / shape.width)
     batch = math.sqrt(min(1.0, batch_size / REFERENCE_BATCH))
-    derived = REFERENCE_LEARNING_RATE * width * batch * config.learning_rate_multiplier
+    method = RULES[config.method].rate * (FULL_RATE if config.mode in ("full", "last_layers") else 1.0)
+    derived = REFERENCE_LEARNING_RATE * width * batch * method * config.learning_rate_multiplier
     reason = (
         f"{REFERENCE_LEARNING_RATE:g} at width {REFERENCE_WIDTH} and batch {REFERENCE_BATCH}, "
         f"falling with the square root of width ({shape.width}) and of smaller batches ({batch_size})"
     )
+    if method != 1.0:
+        reason += f", times {method:g} for {config.method} in mode {config.mode}"
     if config.learning_rate_multiplier != 1.0:
         reason += f", times {config.learning_rate_multiplier:g} as given"
     return reasons.pick("learning rate", config.learning_rate, derived, reason)
+
+
+def _last_layers(config: TrainingConfig, shape: ModelShape, reasons: Reasons) -> int:
+    if config.mode != "last_layers":
+        return 0
+    some = max(1, round(LAST_LAYERS_SHARE * shape.layers))
+    reason = f"a quarter of the {shape.layers} layers: what the task needs is mostly there"
+    return min(shape.layers, reasons.pick("last layers", config.last_layers, some, reason))
 
 
 def _tokens_per_row(config: TrainingConfig, longest: int, machine: Machine, reasons: Reasons) -> int:
@@ -119,5 +172,8 @@ def _tokens_per_row(config: TrainingConfig, longest: int, machine: Machine, reas
 def _precision(config: TrainingConfig, machine: Machine, reasons: Reasons) -> Literal["float32", "bfloat16"]:
     value: Literal["float32", "bfloat16"] = "bfloat16" if machine.has_fast_bfloat16 else "float32"
     has = "has" if machine.has_fast_bfloat16 else "lacks"
-    reason = f"this {machine.device_name or machine.device} {has} fast bfloat16 products; adapter and loss stay float32"
+    reason = (
+        f"this {machine.device_name or machine.device} {has} fast bfloat16 products; "
+        "what is trained, the loss and the optimizer stay float32"
+    )
     return reasons.pick("precision", config.precision, value, reason)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from luthier.errors import InputError
 from luthier.ingest.formats import detect_format
 from luthier.ingest.importing import import_examples
 from luthier.ingest.splitting import assign_splits
-from luthier.records.dataset import DatasetVersion, SplitConfig, SplitReport
+from luthier.records.dataset import DatasetVersion, SourceKind, SplitConfig, SplitReport
 from luthier.records.example import Example, SplitName
 from luthier.store.store import Store
 
@@ -22,16 +21,18 @@ def import_dataset(
     path: Path,
     name: str,
     *,
-    kind: Literal["csv", "jsonl", "chat"] | None = None,
+    kind: SourceKind | None = None,
     encoding: str | None = None,
     delimiter: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> DatasetVersion:
-    """Import a CSV or JSONL file as a new version of a dataset; nothing is left behind where that fails.
+    """Import a CSV, JSONL or text file, or a folder of text files, as a new version of a dataset.
+
+    Nothing is left behind where that fails.
 
     Args:
         store: Where it is kept.
-        path: The file.
+        path: The file or folder.
         name: The dataset's name.
         kind: How to read it; detected where not given, like ``encoding`` and ``delimiter``.
         encoding: The text encoding.

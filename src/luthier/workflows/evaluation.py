@@ -32,7 +32,7 @@ from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.renderer import TemplateRenderer
 from luthier.workflows.datasets import side
-from luthier.workflows.models import served_folder
+from luthier.workflows.models import decoder, served_folder
 from luthier.workflows.training import finished_result
 
 BASE, FEW_SHOT, TUNED = "base", "few_shot", "tuned"
@@ -146,7 +146,7 @@ def _prepare(store: Store, request: EvaluateRequest) -> _Contest:
     train, validation, held_out = conversations("train"), conversations("validation"), conversations("test")
     expected, known = [one.answer for one in held_out], [one.answer for one in [*train, *validation]]
     task = request.task or task_of(expected, known)
-    chat_format = ChatFormat.load(store.models.base_folder(store.models.base(base)))
+    chat_format = ChatFormat.load(store.models.base_folder(decoder(store, base)))
     sampling = Sampling(max_tokens=_answer_room(chat_format, train, task == "label"), temperature=0.0)
     asked = [one for one in held_out if _can_be_asked(one, chat_format, sampling)]
     if len(asked) < 2:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.errors import CapacityError, ConflictError, InputError, LuthierError, MissingDependencyError
+from luthier.llm.base_config import context_length, kind_of, read_config, read_shape
 from luthier.llm.catalogue import CATALOGUE, find, restriction_of
 from luthier.llm.fetch import OnBytes, fetch
-from luthier.records.base_model import BaseModelInfo, CatalogueEntry, ModelShape
+from luthier.records.base_model import NO_CHAT_FORMAT, BaseModelInfo, CatalogueEntry, ModelShape
 from luthier.records.model import Artifact, TunedModel, folder_name
 from luthier.records.record import content_hash
 from luthier.store.artifacts import file_hashes
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
+from luthier.templates.labelled import load_tokenizer
 
 GgufForm = Literal["gguf-q8_0", "gguf-f16"]
 ExportFormat = Literal["adapter", "merged", "gguf-q8_0", "gguf-f16"]
@@ -46,7 +48,8 @@ def pull(store: Store, name: str, on_bytes: OnBytes | None = None, on_stage: OnS
         NotFoundError: the name means nothing, or cannot be reached.
         ConflictError: another source has the same name.
         IntegrityError: the bytes are not those that the catalogue names; nothing is cached.
-        InputError: the weights' format can run code, or the chat format is unusable.
+        InputError: the weights' format can run code, the chat format of a decoder is unusable, or the model is neither
+            a decoder nor an encoder that can be trained here.
     """
     entry = find(name)
     known = {info.id: info for info in store.models.bases()}
@@ -64,29 +67,39 @@ def pull(store: Store, name: str, on_bytes: OnBytes | None = None, on_stage: OnS
         say(f"Fetching {entry.source}")
         fetch(entry, folder, on_bytes)
         _convert(folder, say)
-        ChatFormat.load(folder)
+        if kind_of(read_config(folder)) == "encoder":
+            load_tokenizer(folder)
+        else:
+            ChatFormat.load(folder)
     folder = store.artifacts.path(key)
     info = _describe(entry, key, folder)
-    say("Making the GGUF form for serving")
-    _base_gguf(store, info)
+    if info.kind == "decoder":
+        say("Making the GGUF form for serving")
+        _base_gguf(store, info)
     store.models.add_base(info)
     return info
 
 
 def shape(folder: Path, parameters: int) -> ModelShape:
-    """Read the sizes of a decoder from its folder."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    heads = config["num_attention_heads"]
-    return ModelShape(
-        layers=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        heads=heads,
-        key_heads=config.get("num_key_value_heads", heads),
-        vocabulary=config["vocab_size"],
-        context_length=config["max_position_embeddings"],
-        parameters=parameters,
-    )
+    """Read the sizes of a model from its folder."""
+    return read_shape(folder, parameters)
+
+
+def decoder(store: Store, name: str) -> BaseModelInfo:
+    """Return a base model that can write.
+
+    Raises:
+        NotFoundError: it was not pulled.
+        InputError: it is an encoder.
+    """
+    info = store.models.base(name)
+    if info.kind == "encoder":
+        raise InputError(
+            f"The base model {name!r} is an encoder ({info.architecture}): it reads texts, for classification and "
+            "embeddings, and cannot write answers.",
+            hint="for answers take a decoder: luthier model catalogue",
+        )
+    return info
 
 
 def served_folder(store: Store, name: str) -> Path:
@@ -94,11 +107,14 @@ def served_folder(store: Store, name: str) -> Path:
 
     Raises:
         NotFoundError: there is no model of that name.
-        InputError: the base model has no GGUF form.
+        InputError: the model has no GGUF form.
     """
     if name.startswith("ft:"):
-        return store.models.artifact_folder(store.models.get(name).artifacts[SERVED_FORM])
-    info = store.models.base(name)
+        model = store.models.get(name)
+        if SERVED_FORM not in model.artifacts:
+            raise InputError(f"The model {name!r} has no form to serve: it has {', '.join(model.artifacts) or 'none'}.")
+        return store.models.artifact_folder(model.artifacts[SERVED_FORM])
+    info = decoder(store, name)
     folder = _base_gguf_folder(store, info)
     if not (folder / GGUF_FILE).is_file():
         raise InputError(
@@ -165,7 +181,8 @@ def _convert(folder: Path, say: OnStage) -> None:
 
 
 def _describe(entry: CatalogueEntry, key: str, folder: Path) -> BaseModelInfo:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_config(folder)
+    kind = kind_of(config)
     licence = entry.licence if entry.licence != "unknown" else _licence_of_card(folder)
     hashes = {name: sha for name, sha in file_hashes(folder).items() if name.endswith((".safetensors", ".json"))}
     return BaseModelInfo(
@@ -174,9 +191,10 @@ def _describe(entry: CatalogueEntry, key: str, folder: Path) -> BaseModelInfo:
         licence=licence,
         restriction=entry.restriction or restriction_of(licence),
         architecture=(config.get("architectures") or ["unknown"])[0],
+        kind=kind,
         parameters=entry.parameters or _count_parameters(folder),
-        context_length=config.get("max_position_embeddings") or entry.context_length,
-        chat_format=entry.chat_format,
+        context_length=context_length(config) or entry.context_length,
+        chat_format=entry.chat_format if kind == "decoder" else NO_CHAT_FORMAT,
         sha256=content_hash(hashes),
         folder=key,
         pulled_at=datetime.now(UTC),

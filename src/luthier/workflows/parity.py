@@ -44,7 +44,8 @@ def measure_parity(
     prompt_tokens = [chat_format.prompt_tokens(prompt) for prompt in prompts]
     answers = [_answer_tokens(completion) for completion in exported]
     served_answers = [_answer_tokens(completion) for completion in served]
-    reference = Scorer(base_folder, folders["adapter"])
+    # A model that was trained whole has no adapter: what was saved of it is what the other forms must agree with.
+    reference = Scorer(base_folder, folders["adapter"]) if "adapter" in folders else Scorer(folders["merged"])
     adapter = reference.score(prompt_tokens, answers)
     adapter_on_served = adapter if served_answers == answers else reference.score(prompt_tokens, served_answers)
     del reference

@@ -13,7 +13,7 @@ from pathlib import Path
 from luthier.errors import EngineError
 from luthier.serve.pool import ModelPool, ServedModelInfo
 from luthier.store.store import Store
-from luthier.workflows.models import served_folder
+from luthier.workflows.models import SERVED_FORM, served_folder
 
 STOP_SECONDS = 15.0
 
@@ -38,9 +38,13 @@ def model_pool(store: Store, extra: Mapping[str, Path] | None = None, *, only_ex
         if only_extra:
             return listed
         for base in store.models.bases():
+            if base.kind == "encoder":
+                continue
             created = int(base.pulled_at.timestamp())
             listed.append(ServedModelInfo(base.id, created, owned_by="base"))
         for model in store.models.all():
+            if SERVED_FORM not in model.artifacts:
+                continue
             created = int(model.created_at.timestamp())
             listed.append(ServedModelInfo(model.name, created, owned_by=model.name.split(":")[2], root=model.base))
         return listed

@@ -4,94 +4,49 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from luthier.errors import InputError, ParityError, RunStopped
 from luthier.evaluate.contest import sample
 from luthier.jobs.context import RunContext
 from luthier.jobs.launch import OnEvent, follow, submit
-from luthier.llm.engine.torch_model import measure_machine, save_merged
-from luthier.records.base_model import BaseModelInfo, Machine
-from luthier.records.dataset import DatasetVersion
-from luthier.records.example import Conversation, Example
+from luthier.llm.engine.torch_model import measure_machine, save_merged, save_whole
 from luthier.records.model import Artifact, Parity, TunedModel, tuned_name
-from luthier.records.record import Record
-from luthier.records.template import TemplateVersion
-from luthier.records.training import StepMetrics, TrainingConfig, TrainingPlan, TrainingResult
+from luthier.records.objectives import product
+from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
 from luthier.settings import load_settings
 from luthier.store.store import Store
-from luthier.templates.chat_format import ChatFormat
-from luthier.templates.renderer import (
-    RenderPolicy,
-    RenderReport,
-    TemplateRenderer,
-    TokenizedExample,
-    tokenize,
-)
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
-from luthier.train.engine.tensorboard import TensorBoardLog
-from luthier.train.hyperparameters import max_tokens
-from luthier.train.plan import plan_training
-from luthier.workflows.datasets import side
-from luthier.workflows.models import SERVED_FORM, make_gguf, served_folder, shape
+from luthier.train.engine.probe import measured_plan
+from luthier.train.engine.trackers import Trackers, check_trackers, open_trackers, values_of
+from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
+from luthier.workflows.material import Prepared, TrainRequest, prepare
+from luthier.workflows.models import SERVED_FORM, make_gguf
 from luthier.workflows.parity import MAX_ANSWER_TOKENS, measure_parity
 
+__all__ = ["TrainRequest", "code_version", "execute", "finished_result", "plan", "train_model"]
+
 EVENT_SECONDS = 0.5
+PLAN_FILE = "plan.json"
 
 
-class TrainRequest(Record):
-    """What to train: a base on a divided dataset through a template.
-
-    ``parity_prompts`` held-out prompts prove that adapter, merged, GGUF and served model agree on at least
-    ``parity_limit`` of the answer tokens; 0 leaves the proof out.
-    """
-
-    base: str
-    dataset: str
-    template: str | None = None
-    suffix: str = ""
-    options: TrainingConfig = TrainingConfig()
-    parity_prompts: int = Field(64, ge=0)
-    parity_limit: float = Field(0.97, gt=0, le=1)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything that a request names, looked up and rendered."""
-
-    request: TrainRequest
-    base: BaseModelInfo
-    base_folder: Path
-    dataset: DatasetVersion
-    template: TemplateVersion | None
-    chat_format: ChatFormat
-    examples: list[TokenizedExample]
-    validation: list[TokenizedExample]
-    held_out: list[Conversation]
-    report: RenderReport
-
-    def plan(self, machine: Machine) -> TrainingPlan:
-        """Plan the run on a machine."""
-        sizes = shape(self.base_folder, self.base.parameters)
-        return plan_training(self.examples, self.validation, self.report, self.request.options, sizes, machine)
-
-
-def plan(store: Store, request: TrainRequest) -> TrainingPlan:
+def plan(store: Store, request: TrainRequest, *, measure: bool = True) -> TrainingPlan:
     """Say what a training run would do: examples, tokens, steps, memory, time, and every choice with its reason.
+
+    With ``measure`` two steps are really made at the longest length, in a process of its own.
 
     Raises:
         NotFoundError: the base, dataset or template is not there.
         InputError: examples cannot be learned as they are.
         CapacityError: the run cannot fit into this machine.
     """
-    return _prepare(store, request).plan(measure_machine())
+    check_trackers(request.options.trackers)
+    prepared = prepare(store, request, MAX_ANSWER_TOKENS)
+    made = prepared.plan(measure_machine())
+    return measured_plan(_job(prepared, made, store.home)) if measure else made
 
 
 def train_model(store: Store, request: TrainRequest, on_event: OnEvent | None = None) -> TunedModel:
@@ -124,17 +79,19 @@ def finished_result(store: Store, run_id: str) -> dict[str, Any]:
 def execute(context: RunContext) -> dict[str, Any]:
     """Carry out a training run; every stage that is done already is found and not repeated."""
     store = context.store
-    prepared = _prepare(store, TrainRequest.model_validate(context.run.config))
+    prepared = prepare(store, TrainRequest.model_validate(context.run.config), MAX_ANSWER_TOKENS)
     with context.stage("plan"):
-        made = prepared.plan(measure_machine())
+        made = _planned(context, prepared)
         context.say(f"{made.steps} steps over {made.examples} examples", data=made.model_dump(mode="json"))
     name = tuned_name(prepared.base.id, load_settings().organisation, prepared.request.suffix, context.run.id)
     with context.stage("train"):
-        result, adapter_folder = _train(context, prepared, made)
+        result, best_folder = _train(context, prepared, made)
     with context.stage("export"):
-        artifacts = _export(store, prepared, name, adapter_folder)
-    with context.stage("parity"):
-        parity = _parity(context, prepared, name, artifacts)
+        artifacts = _export(store, prepared, name, best_folder)
+    parity = None
+    if SERVED_FORM in artifacts:
+        with context.stage("parity"):
+            parity = _parity(context, prepared, name, artifacts)
     model = _record(context, prepared, made, name, result, artifacts, parity)
     store.models.add(model)
     context.say(f"New model: {name}")
@@ -153,70 +110,59 @@ def code_version() -> str:
     return ", ".join(versions)
 
 
-def _prepare(store: Store, request: TrainRequest) -> _Prepared:
-    base = store.models.base(request.base)
-    served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
-    folder = store.models.base_folder(base)
-    dataset = store.datasets.get(request.dataset)
-    template = store.templates.get(request.template) if request.template else None
-    renderer = TemplateRenderer(template.template if template else None, dataset.fields)
-    chat_format = ChatFormat.load(folder)
-    options = request.options
-    policy = RenderPolicy(
-        max_tokens=max_tokens(options, shape(folder, base.parameters)),
-        too_long=options.too_long,
-        empty_mask=options.empty_mask,
-        missing_end_of_turn=options.missing_end_of_turn,
-    )
-
-    def conversations(examples: list[Example]) -> list[Conversation]:
-        return [renderer.conversation(example) for example in examples]
-
-    examples, report = tokenize(conversations(side(store, dataset, "train")), chat_format, policy)
-    validation = conversations(side(store, dataset, "validation"))
-    held_out = [
-        conversation
-        for conversation in conversations(side(store, dataset, "test"))
-        if len(chat_format.prompt_tokens(conversation.prompt)) + MAX_ANSWER_TOKENS <= chat_format.context_length
-    ]
-    return _Prepared(
-        request=request,
-        base=base,
-        base_folder=folder,
-        dataset=dataset,
-        template=template,
-        chat_format=chat_format,
-        examples=examples,
-        validation=tokenize(validation, chat_format, policy)[0] if validation else [],
-        held_out=held_out,
-        report=report,
-    )
+def _planned(context: RunContext, prepared: Prepared) -> TrainingPlan:
+    """Return the run's plan; one that goes on keeps the plan that it began with."""
+    path = context.folder / PLAN_FILE
+    if path.is_file():
+        return TrainingPlan.model_validate_json(path.read_text("utf-8"))
+    made = prepared.plan(measure_machine())
+    made = measured_plan(_job(prepared, made, context.folder), lambda text: context.say(text))
+    path.write_text(made.model_dump_json(), "utf-8")
+    return made
 
 
-def _train(context: RunContext, prepared: _Prepared, made: TrainingPlan) -> tuple[TrainingResult, Path]:
-    job = TrainingJob(
+def _job(prepared: Prepared, made: TrainingPlan, folder: Path) -> TrainingJob:
+    options, chat_format = prepared.request.options, prepared.chat_format
+    asked = sample(prepared.sampled, options.samples, options.seed)
+    return TrainingJob(
         plan=made,
-        examples=prepared.examples,
-        validation=prepared.validation,
+        examples=prepared.material.examples,
+        validation=prepared.material.validation,
         base_folder=prepared.base_folder,
         base_name=prepared.base.id,
-        folder=context.folder / "checkpoints",
+        folder=folder / "checkpoints",
+        test=prepared.test,
+        labels=prepared.labels,
+        start_adapter=prepared.start_adapter,
+        sample_prompts=tuple(tuple(chat_format.prompt_tokens(one.prompt)) for one in asked) if chat_format else (),
+        sample_tokens=options.sample_tokens,
+        stop_tokens=frozenset(chat_format.stop_tokens) if chat_format else frozenset(),
     )
-    with TensorBoardLog(context.folder / "tensorboard") as board:
-        watch = _Watch(context, board.write)
-        return train(job, watch, context.stop_if_asked), best_adapter(job)
+
+
+def _train(context: RunContext, prepared: Prepared, made: TrainingPlan) -> tuple[TrainingResult, Path]:
+    job = _job(prepared, made, context.folder)
+    config = context.run.config
+    with open_trackers(prepared.request.options.trackers, context.folder, context.run.id, config) as trackers:
+        watch = _Watch(context, prepared, trackers)
+        result = train(job, watch.step, context.stop_if_asked, watch.note)
+        for tracker, problem in trackers.failures.items():
+            context.say(f"Logging to {tracker} failed: {problem}", level="warning")
+        return result, best_adapter(job)
 
 
 class _Watch:
-    """Passes training metrics on: all of them to TensorBoard, to the run's events at most two a second."""
+    """Passes on what a run says: all numbers to the trackers, to the run's events at most two a second."""
 
-    def __init__(self, context: RunContext, write: Callable[[StepMetrics], None]) -> None:
+    def __init__(self, context: RunContext, prepared: Prepared, trackers: Trackers) -> None:
         self._context = context
-        self._write = write
+        self._prepared = prepared
+        self._trackers = trackers
         self._last = 0.0
 
-    def __call__(self, metrics: StepMetrics) -> None:
-        self._write(metrics)
+    def step(self, metrics: StepMetrics) -> None:
+        """Hear of a step."""
+        self._trackers.write(metrics.step, values_of(metrics))
         now = time.monotonic()
         if now - self._last < EVENT_SECONDS and metrics.valid_loss is None and metrics.step != metrics.steps:
             return
@@ -226,23 +172,57 @@ class _Watch:
             text += f", validation loss={metrics.valid_loss:.3f}"
         self._context.metrics(text, metrics.model_dump(mode="json"))
 
+    def note(self, note: Note) -> None:
+        """Hear of a warning, of sample answers, or of what is done before the first step."""
+        match note:
+            case WarningNote(warning=warning):
+                text = f"{warning.message} Try: {warning.hint}"
+                self._context.say(text, level="warning", data=warning.model_dump(mode="json"))
+            case SampleNote():
+                self._samples(note)
+            case PreparationNote(what=what, share=share):
+                self._context.progress(what, round(100 * share), 100)
 
-def _export(store: Store, prepared: _Prepared, name: str, adapter_folder: Path) -> dict[str, Artifact]:
-    def copy_adapter(folder: Path) -> None:
-        for path in adapter_folder.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+    def _samples(self, note: SampleNote) -> None:
+        chat_format, options = self._prepared.chat_format, self._prepared.request.options
+        if chat_format is None:
+            return
+        asked = sample(self._prepared.sampled, options.samples, options.seed)
+        answers = [chat_format.decode(tokens) for tokens in note.answers]
+        found = [
+            {"question": one.prompt[-1].content, "expected": one.answer, "answer": answer}
+            for one, answer in zip(asked, answers, strict=True)
+        ]
+        shown = "\n\n".join(f"> {one['question']}\n\n{one['answer']}" for one in found)
+        self._trackers.text(note.step, "samples", shown)
+        first = found[0]
+        self._context.say(f"Sample at step {note.step}: {first['answer']!r}", data={"samples": found})
 
-    adapter = store.models.add_artifact(name, "adapter", copy_adapter)
-    merged = store.models.add_artifact(
-        name,
-        "merged",
-        lambda folder: save_merged(prepared.base_folder, store.models.artifact_folder(adapter), folder),
-    )
-    gguf = make_gguf(store, name, SERVED_FORM, store.models.artifact_folder(merged))
-    return {"adapter": adapter, "merged": merged, SERVED_FORM: gguf}
+
+def _export(store: Store, prepared: Prepared, name: str, best_folder: Path) -> dict[str, Artifact]:
+    artifacts: dict[str, Artifact] = {}
+    if (best_folder / "adapter_config.json").is_file():
+        artifacts["adapter"] = store.models.add_artifact(name, "adapter", lambda folder: _copy(best_folder, folder))
+        adapter_folder = store.models.artifact_folder(artifacts["adapter"])
+        merged = store.models.add_artifact(
+            name, "merged", lambda folder: save_merged(prepared.base_folder, adapter_folder, folder)
+        )
+    else:
+        merged = store.models.add_artifact(
+            name, "merged", lambda folder: save_whole(prepared.base_folder, best_folder, folder)
+        )
+    artifacts["merged"] = merged
+    if product(prepared.request.options.method) == "generator":
+        artifacts[SERVED_FORM] = make_gguf(store, name, SERVED_FORM, store.models.artifact_folder(merged))
+    return artifacts
 
 
-def _parity(context: RunContext, prepared: _Prepared, name: str, artifacts: dict[str, Artifact]) -> Parity | None:
+def _copy(source: Path, folder: Path) -> None:
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def _parity(context: RunContext, prepared: Prepared, name: str, artifacts: dict[str, Artifact]) -> Parity | None:
     request = prepared.request
     if request.parity_prompts == 0:
         return None
@@ -268,7 +248,7 @@ def _parity(context: RunContext, prepared: _Prepared, name: str, artifacts: dict
 
 def _record(
     context: RunContext,
-    prepared: _Prepared,
+    prepared: Prepared,
     made: TrainingPlan,
     name: str,
     result: TrainingResult,
@@ -291,5 +271,7 @@ def _record(
         parity=parity,
         artifacts=artifacts,
         licence=prepared.base.licence,
+        product=product(prepared.request.options.method),
+        labels=prepared.labels,
         created_at=datetime.now(UTC),
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier.evaluate.parity import ScoredAnswer
-from luthier.llm.engine.row_forward import score_examples
+from luthier.llm.engine.row_model import RowModel, score_examples
 from luthier.llm.engine.torch_model import Precision, load_base, load_with_adapter
 from luthier.templates.renderer import TokenizedExample
 
@@ -18,9 +18,9 @@ class Scorer:
 
     def __init__(self, base_folder: Path, adapter_folder: Path | None = None, precision: Precision = "float32") -> None:
         if adapter_folder:
-            self._model = load_with_adapter(base_folder, adapter_folder, precision)
+            self._model = RowModel(load_with_adapter(base_folder, adapter_folder, precision))
         else:
-            self._model = load_base(base_folder, precision)
+            self._model = RowModel(load_base(base_folder, precision))
 
     def score(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> list[ScoredAnswer]:
         """Return, for each answer (tokens) behind its prompt (tokens), what the model would choose at each place."""

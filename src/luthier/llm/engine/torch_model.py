@@ -12,16 +12,18 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from luthier.errors import InputError
-from luthier.llm.engine.prefix_attention import ATTENTION_NAME
+from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.records.base_model import Machine
 
 Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BFLOAT16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+ENCODERS = frozenset({"bert", "roberta", "distilbert", "electra", "mpnet", "modernbert", "deberta-v2"})
 PROBE_SIZE = 1024
 PROBE_RUNS = 5
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -42,7 +44,7 @@ def measure_machine() -> Machine:
     here = device()
     fast = has_fast_bfloat16(here)
     name = torch.cuda.get_device_name() if here.type == "cuda" else _cpu_name()
-    memory = torch.cuda.mem_get_info()[1] if here.type == "cuda" else psutil.virtual_memory().total
+    memory = torch.cuda.mem_get_info()[0] if here.type == "cuda" else free_memory_bytes()
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=int(memory),
@@ -51,6 +53,15 @@ def measure_machine() -> Machine:
         has_fast_bfloat16=fast,
         matmul_flops=_matmul_flops(here, torch.bfloat16 if fast else torch.float32),
     )
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that a new process can have: what is free, and no more than its container may use."""
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return int(free)
 
 
 def has_fast_bfloat16(here: torch.device) -> bool:
@@ -64,8 +75,10 @@ def has_fast_bfloat16(here: torch.device) -> bool:
     return not BFLOAT16_CPU_FLAGS.isdisjoint(flags.split())
 
 
-def load_base(folder: Path, precision: Precision, *, dropout: float = 0.0) -> PreTrainedModel:
-    """Load a base model folder for training or scoring, with prefix-sharing attention where its family allows.
+def load_base(folder: Path, precision: Precision, *, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """Load a base model folder for training or scoring, with attention within rows where it is a decoder.
+
+    ``kind`` is the transformers class of its head, ``options`` what that head needs to know.
 
     Raises:
         InputError: the weights are in a format that can run code (only safetensors are read).
@@ -77,19 +90,36 @@ def load_base(folder: Path, precision: Precision, *, dropout: float = 0.0) -> Pr
             "formats that can run code when they are loaded are refused.",
             hint="convert it to safetensors first",
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[precision], attn_implementation=ATTENTION_NAME, use_safetensors=True, local_files_only=True
+    model = kind.from_pretrained(
+        folder,
+        dtype=DTYPES[precision],
+        attn_implementation="sdpa" if is_encoder(folder) else ATTENTION_NAME,
+        use_safetensors=True,
+        local_files_only=True,
+        **options,
     )
     model.config.use_cache = False
     return model.to(device()).eval()
 
 
+def is_encoder(folder: Path) -> bool:
+    """Return whether a base reads text in both directions, so that it can label but not write."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True).model_type in ENCODERS
+
+
 def load_with_adapter(base_folder: Path, adapter_folder: Path, precision: Precision) -> Any:
-    """Load a base and an adapter on it, for scoring. The adapter keeps its own precision."""
+    """Load a base and an adapter on it, for scoring. The adapter keeps its own precision.
+
+    An adapter of a classifier or scorer brings its classes in a ``config.json`` of its own.
+    """
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_base(base_folder, precision), str(adapter_folder), is_trainable=False)
-    return model.eval()
+    if (adapter_folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(adapter_folder, local_files_only=True)
+        base = load_base(base_folder, precision, kind=AutoModelForSequenceClassification, config=config)
+    else:
+        base = load_base(base_folder, precision)
+    return PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=False).eval()
 
 
 def save_merged(base_folder: Path, adapter_folder: Path, destination: Path) -> None:
@@ -97,13 +127,31 @@ def save_merged(base_folder: Path, adapter_folder: Path, destination: Path) -> N
 
     The products are added in float32 and saved in the precision of the base's own files.
     """
-    merged = load_with_adapter(base_folder, adapter_folder, "float32").merge_and_unload()
-    saved = AutoModelForCausalLM.from_pretrained(base_folder, local_files_only=True, dtype="auto", device_map="meta")
-    merged = merged.to(saved.dtype)
-    merged.config._attn_implementation = "sdpa"
-    merged.config.use_cache = True
-    merged.save_pretrained(destination)
+    _save(load_with_adapter(base_folder, adapter_folder, "float32").merge_and_unload(), base_folder, destination)
+
+
+def save_whole(base_folder: Path, trained_folder: Path, destination: Path) -> None:
+    """Write a model that was trained whole as :func:`save_merged` does one with an adapter."""
+    config = AutoConfig.from_pretrained(trained_folder, local_files_only=True)
+    labelled = "ForSequenceClassification" in (config.architectures or [""])[0]
+    kind = AutoModelForSequenceClassification if labelled else AutoModelForCausalLM
+    trained = kind.from_pretrained(trained_folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    _save(trained, base_folder, destination)
+
+
+def _save(model: Any, base_folder: Path, destination: Path) -> None:
+    model = model.to(_saved_dtype(base_folder))
+    if model.config._attn_implementation == ATTENTION_NAME:
+        model.config._attn_implementation = "sdpa"
+    model.config.use_cache = True
+    model.save_pretrained(destination)
     copy_tokenizer(base_folder, destination)
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    """Return the number type of a base's own files."""
+    with safe_open(next(iter(sorted(folder.glob("*.safetensors")))), "pt") as file:
+        return next(tensor.dtype for name in file.keys() if (tensor := file.get_tensor(name)).is_floating_point())  # noqa: SIM118
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import ConflictError
@@ -22,6 +23,8 @@ BEST = "best"
 TENSORS = "state.safetensors"
 STATE = "state.json"
 RANDOM = "random"
+ADAPTER = "default"
+WEIGHT = "weight"
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -35,7 +38,7 @@ def save_checkpoint(
     """Save the state of a run as its latest checkpoint; the one before is replaced only once this one is whole."""
     tensors = {RANDOM: torch.get_rng_state()}
     for name, parameter in trainable(model).items():
-        tensors[f"weight/{name}"] = parameter.detach().cpu()
+        tensors[f"{WEIGHT}/{name}"] = parameter.detach().cpu()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value.detach().cpu()
     staged = _fresh(folder / f".{LATEST}")
@@ -64,26 +67,46 @@ def load_checkpoint(
             hint="start a new run",
         )
     tensors = load_file(latest / TENSORS)
-    for name, parameter in trainable(model).items():
-        parameter.data.copy_(tensors[f"weight/{name}"])
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
-        optimizer.state[parameter] = {
-            key: tensors[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
-        }
+    parameters = trainable(model)
+    for label, tensor in tensors.items():
+        key, _, name = label.partition("/")
+        if key == WEIGHT:
+            parameters[name].data.copy_(tensor)
+        elif name:
+            parameter = parameters[name]
+            optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
     torch.set_rng_state(tensors[RANDOM])
     return state
 
 
 def save_best(folder: Path, model: Any, base: str) -> None:
-    """Save the adapter as the best so far, in PEFT's own files; ``base`` is written as the model that it belongs to."""
+    """Save the adapter as the best so far, in PEFT's own files; ``base`` is written as the model that it belongs to.
+
+    A model without an adapter is saved whole, in transformers' own files.
+    """
     staged = _fresh(folder / f".{BEST}")
+    if not hasattr(model, "peft_config"):
+        # Weights may be views of one tensor: a file holds each by itself.
+        whole = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        model.save_pretrained(staged, state_dict=whole)
+        return _replace(staged, folder / BEST)
     model.save_pretrained(staged)
+    if model.peft_config[ADAPTER].task_type == "SEQ_CLS":
+        model.config.save_pretrained(staged)  # the classes' names belong to the adapter, not to the base
     config = json.loads((staged / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base
     config["target_modules"] = sorted(config["target_modules"])
     (staged / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     (staged / "README.md").unlink(missing_ok=True)
-    _replace(staged, folder / BEST)
+    return _replace(staged, folder / BEST)
+
+
+def load_best(folder: Path, model: Any) -> None:
+    """Put the best weights so far into a model."""
+    if not hasattr(model, "peft_config"):
+        model.load_state_dict(load_file(folder / BEST / "model.safetensors"), strict=False)
+        return
+    set_peft_model_state_dict(model, load_file(folder / BEST / "adapter_model.safetensors"))
 
 
 def _fresh(folder: Path) -> Path:

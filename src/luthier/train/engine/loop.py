@@ -1,7 +1,8 @@
-"""The training loop: supervised LoRA on one machine.
+"""The training loop: any objective, any mode, on one machine.
 
-Examples come in rows that share their prefix (:mod:`luthier.llm.engine.prefix_attention`); the loss of an optimizer
-step is the mean over all its loss tokens however they were packed, so that it is that of the batch as a whole.
+A step takes a batch of units (examples or pairs), asks the objective for their loss in parts, and goes backward through
+each, so that the gradient is that of the whole batch however it was cut. Everything that changes from step to step is
+in :class:`_Progress`, the optimizer and the random state, and all of that is in a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,39 +13,54 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 
 from luthier.errors import EngineError
-from luthier.llm.engine.row_forward import autocast, target_logits
-from luthier.llm.engine.torch_model import DTYPES, load_base
-from luthier.llm.rows import pack
-from luthier.records.training import Resolved, StepMetrics, TrainingPlan, TrainingResult
-from luthier.templates.renderer import TokenizedExample
-from luthier.train.engine.checkpoint import BEST, load_checkpoint, save_best, save_checkpoint
+from luthier.llm.engine.encoder_model import EncoderModel
+from luthier.llm.engine.row_model import RowModel
+from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
+from luthier.train.engine.checkpoint import BEST, load_best, load_checkpoint, save_best, save_checkpoint
+from luthier.train.engine.objectives.choice import make_objective
+from luthier.train.engine.objectives.objective import Objective, Unit, tokens_of
+from luthier.train.engine.optimizers import make_optimizer, parameter_groups
+from luthier.train.engine.order import Order
+from luthier.train.engine.samples import answer_samples
+from luthier.train.engine.trainable import load_trainable
+from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
+from luthier.train.schedule import rate_factor
+from luthier.train.watch import LossHistory
 
 OnStep = Callable[[StepMetrics], None]
+OnNote = Callable[[Note], None]
 
 
 @dataclass(frozen=True)
 class TrainingJob:
     """What to train on what, where.
 
-    ``base_name`` is written into the adapter; ``folder`` takes checkpoints and ends with the adapter of the best
-    step in its ``best`` folder.
+    ``examples``, ``validation`` and ``test`` are of the kind that the plan's method learns from; the last is measured
+    once, at the end, on the best weights. ``base_name`` is written into the adapter; ``folder`` takes checkpoints and
+    ends with the best step's adapter (or model) in its ``best`` folder. ``labels`` are a classifier's classes;
+    ``start_adapter`` is one to go on from; ``sample_prompts`` (tokens) are answered at each validation, up to
+    ``sample_tokens`` tokens or one of ``stop_tokens``.
     """
 
     plan: TrainingPlan
-    examples: Sequence[TokenizedExample]
-    validation: Sequence[TokenizedExample]
+    examples: Sequence[Unit]
+    validation: Sequence[Unit]
     base_folder: Path
     base_name: str
     folder: Path
+    test: Sequence[Unit] = ()
+    labels: tuple[str, ...] = ()
+    start_adapter: Path | None = None
+    sample_prompts: tuple[tuple[int, ...], ...] = ()
+    sample_tokens: int = 24
+    stop_tokens: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -52,6 +68,7 @@ class _Progress:
     """What changes from step to step and is saved with a checkpoint."""
 
     fingerprint: str
+    history: dict[str, Any]
     step: int = 0
     seconds: float = 0.0
     trained_tokens: int = 0
@@ -59,228 +76,216 @@ class _Progress:
     valid_loss: float | None = None
     best_valid_loss: float | None = None
     best_step: int = 0
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    stopped_early: str | None = None
 
 
 @dataclass(frozen=True)
 class _BatchOutcome:
     loss: float
-    accuracy: float
+    metrics: dict[str, float]
     tokens: int
 
 
-def train(job: TrainingJob, on_step: OnStep, stop_if_asked: Callable[[], None]) -> TrainingResult:
+@dataclass
+class _Training:
+    """The parts of a run that work together."""
+
+    job: TrainingJob
+    model: RowModel | EncoderModel
+    objective: Objective[Any]
+    optimizer: torch.optim.Optimizer
+    progress: _Progress
+    history: LossHistory
+
+
+def train(
+    job: TrainingJob, on_step: OnStep, stop_if_asked: Callable[[], None], on_note: OnNote = lambda note: None
+) -> TrainingResult:
     """Train, from the latest checkpoint where there is one, and leave the best adapter in ``job.folder / "best"``.
 
-    ``on_step`` hears of every optimizer step. ``stop_if_asked`` is called after each; where it raises, the state is
-    saved first.
+    ``on_step`` hears of every optimizer step, ``on_note`` of warnings, sample answers and preparations.
+    ``stop_if_asked`` is called after each step; where it raises, the state is saved first.
 
     Raises:
         EngineError: the loss is no longer a finite number.
         ConflictError: the checkpoint in the folder belongs to another job.
+        InputError: the adapter to go on from does not fit the base.
     """
+    run = _start(job, on_note)
+    order = Order(len(job.examples), job.plan.resolved)
+    while run.progress.step < job.plan.steps and run.progress.stopped_early is None:
+        started = time.monotonic()
+        outcome = _train_step(run, order.batch(run.progress.step))
+        valid = _validate_if_due(run, on_note)
+        took = time.monotonic() - started
+        run.progress.seconds += took
+        on_step(_metrics(run, outcome, valid, took))
+        for warning in run.history.warnings():
+            on_note(WarningNote(warning=warning))
+        run.progress.history = run.history.state()
+        _save_and_stop(run, stop_if_asked)
+    return _result(run.progress, _test(run))
+
+
+def best_adapter(job: TrainingJob) -> Path:
+    """Return the folder of the adapter (or model) that training left as the best."""
+    return job.folder / BEST
+
+
+def _start(job: TrainingJob, on_note: OnNote) -> _Training:
     resolved = job.plan.resolved
-    model = _with_adapter(job)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=resolved.learning_rate,
-        weight_decay=resolved.weight_decay,
-    )
-    progress = _Progress(_fingerprint(job))
-    saved = load_checkpoint(job.folder, model, optimizer, progress.fingerprint)
+    model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
+    fingerprint = _fingerprint(job)
+    objective = make_objective(model, job.plan)
+    units = [*job.examples, *job.validation, *job.test]
+
+    def on_progress(what: str, share: float) -> None:
+        on_note(PreparationNote(what=what, share=share))
+
+    objective.prepare(units, job.folder, fingerprint, on_progress)
+    groups = parameter_groups(model.model, resolved.learning_rate, resolved.weight_decay, resolved.layer_decay)
+    optimizer = make_optimizer(resolved.optimizer, groups)
+    progress = _Progress(fingerprint, LossHistory(job.plan.steps).state())
+    saved = load_checkpoint(job.folder, model.model, optimizer, fingerprint)
     if saved:
         progress = _Progress(**saved)
-    order = _Order(len(job.examples), resolved)
-    while progress.step < job.plan.steps:
-        started = time.monotonic()
-        outcome = _train_step(job, model, optimizer, order.batch(progress.step), progress.step)
-        progress.step += 1
-        progress.train_loss = outcome.loss
-        progress.trained_tokens += outcome.tokens
-        valid = _validate_if_due(job, model, progress)
-        progress.seconds += time.monotonic() - started
-        on_step(_metrics(job, outcome, valid, progress, optimizer, time.monotonic() - started))
-        _save_and_stop(job, model, optimizer, progress, stop_if_asked)
-    return _result(progress)
+    return _Training(job, model, objective, optimizer, progress, LossHistory.from_state(progress.history))
 
 
-def _with_adapter(job: TrainingJob) -> Any:
-    resolved = job.plan.resolved
-    torch.manual_seed(resolved.seed)
-    base = load_base(job.base_folder, resolved.precision)
-    config = LoraConfig(
-        r=resolved.lora_rank,
-        lora_alpha=resolved.lora_alpha,
-        lora_dropout=resolved.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)  # PEFT keeps the adapter in float32 over a bfloat16 base
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False  # autocast takes bfloat16 inputs as they are; no detour by float32
-    return model
-
-
-class _Order:
-    """The order of the examples: every pass a new permutation that depends on the seed and the pass alone."""
-
-    def __init__(self, examples: int, resolved: Resolved) -> None:
-        self._examples = examples
-        self._batch_size = resolved.batch_size
-        self._seed = resolved.seed
-        self._total = math.ceil(examples * resolved.epochs)
-        self._permutations: dict[int, list[int]] = {}
-
-    def batch(self, step: int) -> list[int]:
-        """Return the indices of the examples of a step; a batch may span two passes."""
-        first = step * self._batch_size
-        last = min(first + self._batch_size, max(self._total, first + 1))
-        return [self._permutation(visit // self._examples)[visit % self._examples] for visit in range(first, last)]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if epoch not in self._permutations:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            order = torch.randperm(self._examples, generator=generator).tolist()
-            # A batch may span two passes; older ones are not asked for again.
-            self._permutations = {k: v for k, v in self._permutations.items() if k == epoch - 1} | {epoch: order}
-        return self._permutations[epoch]
-
-
-def _train_step(
-    job: TrainingJob, model: Any, optimizer: torch.optim.Optimizer, batch: list[int], step: int
-) -> _BatchOutcome:
-    resolved = job.plan.resolved
-    rate = resolved.learning_rate * _schedule(step, job.plan.steps, resolved)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    model.train()
-    outcome = _batch_loss(job, model, [job.examples[i] for i in batch], backward=True)
+def _train_step(run: _Training, batch: list[int]) -> _BatchOutcome:
+    resolved, progress = run.job.plan.resolved, run.progress
+    factor = rate_factor(progress.step, run.job.plan.steps, resolved)
+    for group in run.optimizer.param_groups:
+        group["lr"] = resolved.learning_rate * factor * group["scale"]
+    run.model.model.train()
+    outcome = _batch_loss(run, [run.job.examples[i] for i in batch], training=True)
     if not math.isfinite(outcome.loss):
         raise EngineError(
-            f"The loss is {outcome.loss} at step {step + 1}: training diverged.",
+            f"The loss is {outcome.loss} at step {progress.step + 1}: training diverged.",
             hint="lower learning_rate_multiplier to 0.3, or look for broken examples",
         )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, resolved.max_gradient_norm)
-    for group in optimizer.param_groups:
-        group["gradient_norm"] = float(norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, resolved.max_gradient_norm))
+    for group in run.optimizer.param_groups:
+        group["gradient_norm"] = norm
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+    progress.train_loss = outcome.loss
+    progress.trained_tokens += outcome.tokens
+    run.history.training(progress.step, outcome.loss, norm)
     return outcome
 
 
-def _schedule(step: int, steps: int, resolved: Resolved) -> float:
-    """Return the factor on the peak learning rate: linear warm-up, then the schedule down to a tenth of a percent."""
-    if step < resolved.warmup_steps:
-        return (step + 1) / resolved.warmup_steps
-    if resolved.schedule == "constant":
-        return 1.0
-    done = (step - resolved.warmup_steps) / max(1, steps - resolved.warmup_steps)
-    factor = 1 - done if resolved.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return max(1e-3, factor)
+def _batch_loss(run: _Training, units: Sequence[Unit], *, training: bool) -> _BatchOutcome:
+    """Return the loss and metrics of a batch; in training add its gradient."""
+    loss = 0.0
+    sums: dict[str, tuple[float, float]] = {}
+    for part in run.objective.losses(units, training=training):
+        if training:
+            part.loss.backward()
+        loss += float(part.loss.detach())
+        for name, (value, weight) in part.sums.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + value, before[1] + weight)
+    metrics = {name: value / weight for name, (value, weight) in sums.items() if weight}
+    return _BatchOutcome(loss, metrics, sum(tokens_of(unit) for unit in units))
 
 
-def _batch_loss(job: TrainingJob, model: Any, examples: Sequence[TokenizedExample], *, backward: bool) -> _BatchOutcome:
-    """Return the weighted mean loss over all target tokens of a batch; with ``backward`` add its gradient."""
-    dtype = DTYPES[job.plan.resolved.precision]
-    rows = pack(examples, job.plan.shared_prefix, job.plan.resolved.tokens_per_row)
-    total_weight = sum(sum(row.weights) for row in rows)
-    loss_sum, right, count = 0.0, 0, 0
-    for row in rows:
-        with autocast(dtype, model.device):
-            logits_MV, targets_M = target_logits(model, row, dtype)
-            weights_M = torch.tensor(row.weights, device=logits_MV.device)
-            losses_M = torch.nn.functional.cross_entropy(logits_MV, targets_M, reduction="none")
-            loss = (losses_M * weights_M).sum() / total_weight
-        if backward:
-            loss.backward()
-        loss_sum += loss.item()
-        right += int((logits_MV.detach().argmax(dim=-1) == targets_M).sum())
-        count += len(row.targets)
-    return _BatchOutcome(loss_sum, right / count, sum(len(example.tokens) for example in examples))
-
-
-def _validate_if_due(job: TrainingJob, model: Any, progress: _Progress) -> _BatchOutcome | None:
+def _validate_if_due(run: _Training, on_note: OnNote) -> _BatchOutcome | None:
+    progress, job = run.progress, run.job
     due = progress.step % job.plan.resolved.validate_every == 0 or progress.step == job.plan.steps
     if not due or not job.validation:
         return None
-    model.eval()
-    with torch.inference_mode():
-        outcome = _batch_loss(job, model, job.validation, backward=False)
+    run.model.model.eval()
+    with torch.no_grad():
+        outcome = _batch_loss(run, job.validation, training=False)
+        if job.sample_prompts and isinstance(run.model, RowModel):
+            answers = answer_samples(run.model, job.sample_prompts, job.stop_tokens, job.sample_tokens)
+            on_note(SampleNote(step=progress.step, answers=answers))
     progress.valid_loss = outcome.loss
+    run.history.validation(progress.step, outcome.loss)
+    if job.plan.resolved.early_stopping and progress.step < job.plan.steps:
+        progress.stopped_early = run.history.should_stop(job.plan.resolved.early_stopping, 0.0)
+    if math.isfinite(outcome.loss) and (progress.best_valid_loss is None or outcome.loss < progress.best_valid_loss):
+        save_best(job.folder, run.model.model, job.base_name)
+        progress.best_valid_loss, progress.best_step = outcome.loss, progress.step
+        progress.best_metrics = outcome.metrics
     return outcome
 
 
-def _save_and_stop(
-    job: TrainingJob,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    progress: _Progress,
-    stop_if_asked: Callable[[], None],
-) -> None:
-    """Save what is due at this step: the best adapter, the checkpoint; save the state too where the run must stop."""
-    last = progress.step == job.plan.steps
-    fresh = progress.step % job.plan.resolved.validate_every == 0 or last
-    better = progress.best_valid_loss is None or (progress.valid_loss or math.inf) < progress.best_valid_loss
-    if (fresh and job.validation and better) or (last and not job.validation):
-        save_best(job.folder, model, job.base_name)
-        progress.best_valid_loss, progress.best_step = progress.valid_loss, progress.step
+def _test(run: _Training) -> dict[str, float]:
+    """Return loss and metrics of the best weights on the test units."""
+    if not run.job.test:
+        return {}
+    load_best(run.job.folder, run.model.model)
+    run.model.model.eval()
+    with torch.no_grad():
+        outcome = _batch_loss(run, run.job.test, training=False)
+    return {"loss": outcome.loss, **outcome.metrics}
+
+
+def _save_and_stop(run: _Training, stop_if_asked: Callable[[], None]) -> None:
+    """Save the checkpoint that is due at this step, and also where the run must stop."""
+    progress, job = run.progress, run.job
+    last = progress.step == job.plan.steps or progress.stopped_early is not None
+    if last and progress.best_step == 0:  # nothing was held out to choose by
+        save_best(job.folder, run.model.model, job.base_name)
+        progress.best_step = progress.step
     try:
         stop_if_asked()
     except BaseException:
-        save_checkpoint(job.folder, model, optimizer, vars(progress))
+        save_checkpoint(job.folder, run.model.model, run.optimizer, vars(progress))
         raise
     if last or progress.step % job.plan.resolved.checkpoint_every == 0:
-        save_checkpoint(job.folder, model, optimizer, vars(progress))
+        save_checkpoint(job.folder, run.model.model, run.optimizer, vars(progress))
 
 
-def _metrics(
-    job: TrainingJob,
-    outcome: _BatchOutcome,
-    valid: _BatchOutcome | None,
-    progress: _Progress,
-    optimizer: torch.optim.Optimizer,
-    seconds: float,
-) -> StepMetrics:
-    group = optimizer.param_groups[0]
+def _metrics(run: _Training, outcome: _BatchOutcome, valid: _BatchOutcome | None, seconds: float) -> StepMetrics:
+    group, progress, plan = run.optimizer.param_groups[0], run.progress, run.job.plan
     return StepMetrics(
         step=progress.step,
-        steps=job.plan.steps,
-        epoch=progress.step * job.plan.resolved.batch_size / len(job.examples),
+        steps=plan.steps,
+        epoch=progress.step * plan.resolved.batch_size / len(run.job.examples),
         train_loss=outcome.loss,
-        train_token_accuracy=outcome.accuracy,
+        train_metrics=outcome.metrics,
         valid_loss=valid.loss if valid else None,
-        valid_token_accuracy=valid.accuracy if valid else None,
+        valid_metrics=valid.metrics if valid else {},
         learning_rate=group["lr"],
         gradient_norm=group["gradient_norm"],
         tokens_per_second=outcome.tokens / seconds,
-        seconds_left=progress.seconds / progress.step * (job.plan.steps - progress.step),
+        seconds_left=progress.seconds / progress.step * (plan.steps - progress.step),
     )
 
 
-def _result(progress: _Progress) -> TrainingResult:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _result(progress: _Progress, test_metrics: dict[str, float]) -> TrainingResult:
     return TrainingResult(
         steps=progress.step,
         best_step=progress.best_step,
         train_loss=progress.train_loss,
         valid_loss=progress.valid_loss,
         best_valid_loss=progress.best_valid_loss,
+        valid_metrics=progress.best_metrics,
+        test_metrics=test_metrics,
+        stopped_early=progress.stopped_early,
         trained_tokens=progress.trained_tokens,
         seconds=progress.seconds,
         tokens_per_second=progress.trained_tokens / max(progress.seconds, 1e-9),
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak,
+        peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process held, on the GPU where there is one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
 
 
 def _fingerprint(job: TrainingJob) -> str:
     """Return a hash of everything that a checkpoint depends on: options, examples, and the base's name."""
-    digest = hashlib.sha256(job.plan.resolved.model_dump_json().encode() + job.base_name.encode())
-    for example in (*job.examples, *job.validation):
-        digest.update(repr((example.tokens, example.loss_mask, example.weight)).encode())
+    digest = hashlib.sha256(job.plan.resolved.model_dump_json().encode())
+    digest.update(repr((job.base_name, job.labels, str(job.start_adapter))).encode())
+    for unit in (*job.examples, *job.validation, *job.test):
+        digest.update(repr(unit).encode())
     return digest.hexdigest()
-
-
-def best_adapter(job: TrainingJob) -> Path:
-    """Return the folder of the adapter that training left as the best."""
-    return job.folder / BEST

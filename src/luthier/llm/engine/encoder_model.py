@@ -1,0 +1,51 @@
+"""Encoders (the BERT family) with a classification head, asked in batches of texts of similar length.
+
+Names end in their dimensions: N texts, L tokens of the longest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from luthier.llm.engine.row_model import autocast
+from luthier.templates.renderer import TokenizedExample
+
+
+class EncoderModel:
+    """An encoder with a head of labels or a number, with or without an adapter."""
+
+    def __init__(self, model: Any, dtype: torch.dtype | None = None, *, recompute: bool = False) -> None:
+        self.model = model
+        self.dtype = dtype or next(model.parameters()).dtype
+        self.device = next(model.parameters()).device
+        if recompute:
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            inner.gradient_checkpointing_enable()
+
+    def outputs(
+        self, examples: Sequence[TokenizedExample], tokens_per_batch: int
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield (indices of examples, outputs of the head (N, outputs) in float32), shortest texts first."""
+        for indices in by_length([len(example.tokens) for example in examples], tokens_per_batch):
+            lengths_N = torch.tensor([len(examples[i].tokens) for i in indices])
+            tokens_NL = torch.zeros(len(indices), int(lengths_N.max()), dtype=torch.long)
+            for row, index in enumerate(indices):
+                tokens_NL[row, : len(examples[index].tokens)] = torch.tensor(examples[index].tokens)
+            real_NL = (torch.arange(tokens_NL.shape[1])[None] < lengths_N[:, None]).long()
+            with autocast(self.dtype, self.device):
+                found = self.model(input_ids=tokens_NL.to(self.device), attention_mask=real_NL.to(self.device))
+            yield indices, found.logits.float()
+
+
+def by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Return indices in batches of similar length: padded, a batch has at most ``tokens_per_batch`` tokens."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -1,0 +1,233 @@
+"""The decoder of the Llama family (Llama, Qwen2, Qwen3, Mistral) with its gradient written out, for rows.
+
+A layer is one autograd function. It keeps what is costly to make again (the queries, keys and values, what attention
+gives, the two halves of the gate) and makes again what is cheap (norms, the gate's product); with ``recompute`` it
+keeps its input alone. Linear layers that read the same input are one product (:mod:`luthier.llm.engine.projections`),
+the residual sums ride on the products, and frozen layers below the lowest trained one keep nothing. The numbers are
+those of transformers' own modules (``tests/llm/test_fused_decoder.py``).
+
+Names end in their dimensions: T tokens, E model width, F intermediate width, H query heads, K key heads, D head width,
+C = H + 2 K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from luthier.llm.engine.projections import Projection, can_project
+from luthier.llm.engine.row_attention import Heads, attend, attend_backward
+from luthier.llm.engine.row_layout import RowLayout
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+def can_fuse(decoder: Any) -> bool:
+    """Return whether a decoder's layers are those that this module knows, without dropout, DoRA or windows."""
+    config = decoder.config
+    windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    if config.model_type not in FAMILIES or windows or config.hidden_act != "silu":
+        return False
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        return False
+    return all(can_project(layer) for block in decoder.layers for layer in _linear_layers(block))
+
+
+class FusedDecoder:
+    """A decoder's layers as fused functions over the same parameters. ``recompute`` keeps only each layer's input."""
+
+    def __init__(self, decoder: Any, *, recompute: bool = False) -> None:
+        self._decoder = decoder
+        self._layers = [_Layer(block, recompute=recompute) for block in decoder.layers]
+
+    def forward(self, hidden_TE: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+        """Return the decoder's last hidden states (T, E), after its final norm, from the embeddings of a row."""
+        cos_1TD, sin_1TD = self._decoder.rotary_emb(hidden_TE, layout.positions_T[None])
+        rope = (cos_1TD[0, :, None], sin_1TD[0, :, None])
+        for layer in self._layers:
+            if torch.is_grad_enabled() and (layer.parameters or hidden_TE.requires_grad):
+                hidden_TE = _LayerFunction.apply(hidden_TE, layer, layout, rope, *layer.parameters)
+            else:
+                hidden_TE = layer.forward(hidden_TE, layout, rope)[0]
+        return self._decoder.norm(hidden_TE)
+
+
+class _LayerFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TE: torch.Tensor, layer: _Layer, layout: RowLayout, rope: Rope, *_: torch.Tensor
+    ) -> torch.Tensor:
+        output_TE, kept = layer.forward(hidden_TE, layout, rope)
+        ctx.save_for_backward(*([hidden_TE] if layer.recompute else kept.tensors()))
+        ctx.layer, ctx.layout, ctx.rope = layer, layout, rope
+        return output_TE
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layer = ctx.layer
+        if layer.recompute:
+            kept = layer.forward(ctx.saved_tensors[0], ctx.layout, ctx.rope)[1]
+        else:
+            kept = _Kept(*ctx.saved_tensors)
+        dhidden_TE, trained = layer.backward(
+            gradients[0], kept, ctx.layout, ctx.rope, input_needed=ctx.needs_input_grad[0]
+        )
+        return dhidden_TE, None, None, None, *trained
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the backward pass of a layer needs. ``raw_qk`` is None where the heads are not normed."""
+
+    hidden_TE: torch.Tensor
+    qkv_TCD: torch.Tensor
+    attended_TE: torch.Tensor
+    middle_TE: torch.Tensor
+    gate_up_T2F: torch.Tensor
+    raw_qk_TCD: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        found = [self.hidden_TE, self.qkv_TCD, self.attended_TE, self.middle_TE, self.gate_up_T2F]
+        return found if self.raw_qk_TCD is None else [*found, self.raw_qk_TCD]
+
+
+class _Layer:
+    """One decoder layer: attention and the gated multi-layer perceptron, each behind a norm and a residual sum."""
+
+    def __init__(self, block: Any, *, recompute: bool) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.recompute = recompute
+        self._norm = _Norm(block.input_layernorm)
+        self._middle_norm = _Norm(block.post_attention_layernorm)
+        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = Projection([attention.o_proj])
+        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj])
+        self._down = Projection([mlp.down_proj])
+        width = attention.head_dim
+        self._heads = Heads(
+            attention.q_proj.out_features // width, attention.k_proj.out_features // width, attention.scaling
+        )
+        self._width = width
+        self._head_norms = [_Norm(norm) for norm in _head_norms(attention)]
+        first: list[_Norm | Projection] = [self._norm, self._qkv, *self._head_norms, self._out]
+        parts = [*first, self._middle_norm, self._gate_up, self._down]
+        self.parameters = [parameter for part in parts for parameter in part.parameters]
+
+    def forward(self, hidden_TE: torch.Tensor, layout: RowLayout, rope: Rope) -> tuple[torch.Tensor, _Kept]:
+        """Return the layer's output, and what its backward pass needs."""
+        qkv_TCD = self._qkv.forward(self._norm.forward(hidden_TE)).view(len(hidden_TE), -1, self._width)
+        qk_TCD = qkv_TCD[:, : self._heads.query + self._heads.key]
+        raw_qk_TCD = qk_TCD.clone() if self._head_norms else None
+        self._norm_heads(qk_TCD)
+        _rotate(qk_TCD, rope)
+        attended_TE = attend(qkv_TCD, self._heads, layout).flatten(1)
+        middle_TE = self._out.forward(attended_TE, onto_TO=hidden_TE)
+        gate_up_T2F = self._gate_up.forward(self._middle_norm.forward(middle_TE))
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        output_TE = self._down.forward(torch.nn.functional.silu(gate_TF).mul_(up_TF), onto_TO=middle_TE)
+        return output_TE, _Kept(hidden_TE, qkv_TCD, attended_TE, middle_TE, gate_up_T2F, raw_qk_TCD)
+
+    def backward(
+        self, doutput_TE: torch.Tensor, kept: _Kept, layout: RowLayout, rope: Rope, *, input_needed: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Return the gradients of the layer's input and of ``parameters``."""
+        dmiddle_TE, mlp_gradients = self._mlp_backward(doutput_TE, kept)
+        dattended_TE, out_gradients = self._out.backward(dmiddle_TE, kept.attended_TE)
+        assert dattended_TE is not None  # noqa: S101  asked for
+        shape = (len(dmiddle_TE), self._heads.query, self._width)
+        dqkv_TCD = attend_backward(
+            dattended_TE.view(shape), kept.attended_TE.view(shape), kept.qkv_TCD, self._heads, layout
+        )
+        dqk_TCD = dqkv_TCD[:, : self._heads.query + self._heads.key]
+        _rotate(dqk_TCD, rope, back=True)
+        head_gradients = self._norm_heads_backward(dqk_TCD, kept.raw_qk_TCD)
+        normed_TE = self._norm.forward(kept.hidden_TE)
+        needed = input_needed or bool(self._norm.parameters)
+        dnormed_TE, qkv_gradients = self._qkv.backward(dqkv_TCD.flatten(1), normed_TE, input_needed=needed)
+        dhidden_TE, norm_gradients = None, list[torch.Tensor]()
+        if dnormed_TE is not None:
+            dhidden_TE, norm_gradients = self._norm.backward(dnormed_TE, kept.hidden_TE)
+            dhidden_TE += dmiddle_TE
+        return dhidden_TE, [*norm_gradients, *qkv_gradients, *head_gradients, *out_gradients, *mlp_gradients]
+
+    def _mlp_backward(self, doutput_TE: torch.Tensor, kept: _Kept) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        gate_TF, up_TF = kept.gate_up_T2F.chunk(2, dim=-1)
+        gated_TF = torch.nn.functional.silu(gate_TF)
+        dproduct_TF, down_gradients = self._down.backward(doutput_TE, gated_TF * up_TF)
+        assert dproduct_TF is not None  # noqa: S101  asked for
+        dgate_up_T2F = torch.empty_like(kept.gate_up_T2F)
+        dgate_TF, dup_TF = dgate_up_T2F.chunk(2, dim=-1)
+        torch.mul(dproduct_TF, gated_TF, out=dup_TF)
+        dgate_TF.copy_(torch.ops.aten.silu_backward(dproduct_TF.mul_(up_TF), gate_TF))
+        dnormed_TE, gradients = self._gate_up.backward(dgate_up_T2F, self._middle_norm.forward(kept.middle_TE))
+        assert dnormed_TE is not None  # noqa: S101  asked for
+        dmiddle_TE, norm_gradients = self._middle_norm.backward(dnormed_TE, kept.middle_TE)
+        return dmiddle_TE.add_(doutput_TE), [*norm_gradients, *gradients, *down_gradients]
+
+    def _norm_heads(self, qk_TCD: torch.Tensor) -> None:
+        for norm, part_TXD in zip(self._head_norms, self._queries_and_keys(qk_TCD), strict=False):
+            part_TXD.copy_(norm.forward(part_TXD))
+
+    def _norm_heads_backward(self, dqk_TCD: torch.Tensor, raw_TCD: torch.Tensor | None) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        if raw_TCD is not None:
+            parts = zip(self._queries_and_keys(dqk_TCD), self._queries_and_keys(raw_TCD), strict=True)
+            for norm, (dpart_TXD, raw_TXD) in zip(self._head_norms, parts, strict=True):
+                dinput_TXD, gradients = norm.backward(dpart_TXD, raw_TXD)
+                dpart_TXD.copy_(dinput_TXD)
+                found += gradients
+        return found
+
+    def _queries_and_keys(self, qk_TCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return qk_TCD[:, : self._heads.query], qk_TCD[:, self._heads.query :]
+
+
+class _Norm:
+    """RMS norm over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, module: Any) -> None:
+        self._weight_E = module.weight
+        self._epsilon = module.variance_epsilon
+        self.parameters = [module.weight] if module.weight.requires_grad else []
+
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """Return w x / rms(x)."""
+        return (x_TE.float() * self._inverse_rms(x_TE)).to(x_TE.dtype) * self._weight_E.to(x_TE.dtype)
+
+    def backward(self, dy_TE: torch.Tensor, x_TE: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the gradients of the input, (w dy - x̂ mean(x̂ w dy)) / rms, and of the weight where it is trained."""
+        inverse_T1 = self._inverse_rms(x_TE)
+        scaled_TE = x_TE.float() * inverse_T1
+        gradients = [(dy_TE * scaled_TE).flatten(0, -2).sum(0).to(self._weight_E.dtype) for _ in self.parameters]
+        dscaled_TE = dy_TE.float() * self._weight_E.float()
+        mean_T1 = torch.linalg.vecdot(dscaled_TE, scaled_TE).unsqueeze(-1) / x_TE.shape[-1]
+        return dscaled_TE.addcmul_(scaled_TE, mean_T1, value=-1).mul_(inverse_T1).to(x_TE.dtype), gradients
+
+    def _inverse_rms(self, x_TE: torch.Tensor) -> torch.Tensor:
+        return x_TE.float().square().mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
+
+
+def _rotate(qk_TCD: torch.Tensor, rope: Rope, *, back: bool = False) -> None:
+    """Rotate queries and keys by their positions, in place (Su et al. 2021, arXiv 2104.09864); ``back`` undoes it."""
+    cos_T1D, sin_T1D = rope
+    first_TCd, second_TCd = qk_TCD.clone().chunk(2, dim=-1)
+    low_T1d, high_T1d = sin_T1D.chunk(2, dim=-1)
+    sign = -1 if back else 1
+    qk_TCD.mul_(cos_T1D)
+    half = qk_TCD.shape[-1] // 2
+    qk_TCD[..., :half].addcmul_(second_TCd, low_T1d, value=-sign)
+    qk_TCD[..., half:].addcmul_(first_TCd, high_T1d, value=sign)
+
+
+def _head_norms(attention: Any) -> list[Any]:
+    return [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+
+
+def _linear_layers(block: Any) -> Iterator[torch.nn.Module]:
+    attention, mlp = block.self_attn, block.mlp
+    yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)

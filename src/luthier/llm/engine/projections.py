@@ -1,0 +1,164 @@
+"""Linear layers that read the same input as one product: q, k and v; gate and up; with their low-rank adapters.
+
+A projection lays the weights of its layers one below the other in one tensor (the layers' own parameters become views
+of it, so everything else sees them as before) and knows its gradients by formula. For an adapter of rank R and scale s,
+y = x W' + s (x A') B', hence dA = s (dy B)' x, dB = s dy' (x A'), dx = dy W + s (dy B) A (Hu et al. 2021, arXiv
+2106.09685, equation 3).
+
+Names end in their dimensions: T tokens, I inputs, O outputs of all layers, R rank (of all layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from luthier.llm.engine.quantised import QuantisedLinear
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One linear layer: its rows of the outputs, and its adapter where it has one (columns ``ranks`` of x A')."""
+
+    linear: Any  # a torch.nn.Linear, quantised or not
+    outputs: slice
+    down_RI: torch.nn.Parameter | None = None
+    up_OR: torch.nn.Parameter | None = None
+    scale: float = 1.0
+    ranks: slice | None = None
+
+
+class Projection:
+    """Linear layers over one input. ``parameters`` are those that are trained, in the order of :meth:`backward`."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._parts = list(_parts(layers))
+        self._fused_OI = _fuse([part.linear for part in self._parts])
+        self.parameters = [parameter for part in self._parts for parameter in _trained(part)]
+
+    def forward(self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the outputs (T, O); with ``onto`` they are added to it."""
+        weight_OI, bias = self._weight(x_TI.dtype), self._bias(x_TI.dtype)
+        if onto_TO is None:
+            y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias)
+        else:
+            y_TO = torch.addmm(onto_TO, x_TI, weight_OI.T)
+            if bias is not None:
+                y_TO += bias
+        low_TR = self._low(x_TI)
+        for part in self._parts:
+            if part.up_OR is not None and low_TR is not None:
+                up_RO = part.up_OR.to(x_TI.dtype).T
+                y_TO[:, part.outputs].addmm_(low_TR[:, part.ranks], up_RO, alpha=part.scale)
+        return y_TO
+
+    def backward(
+        self, dy_TO: torch.Tensor, x_TI: torch.Tensor, *, input_needed: bool = True
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Return the gradients of the input (None where it is not needed) and of ``parameters``."""
+        low_TR = self._low(x_TI)
+        dlow_TR = None if low_TR is None else torch.empty_like(low_TR)
+        gradients: list[torch.Tensor] = []
+        for part in self._parts:
+            gradients += self._part_gradients(part, dy_TO[:, part.outputs], x_TI, low_TR, dlow_TR)
+        if not input_needed:
+            return None, gradients
+        dx_TI = dy_TO @ self._weight(dy_TO.dtype)
+        if dlow_TR is not None:
+            dx_TI.addmm_(dlow_TR, self._down(x_TI.dtype))
+        return dx_TI, gradients
+
+    def _part_gradients(
+        self,
+        part: _Part,
+        dy_TO: torch.Tensor,
+        x_TI: torch.Tensor,
+        low_TR: torch.Tensor | None,
+        dlow_TR: torch.Tensor | None,
+    ) -> Iterator[torch.Tensor]:
+        if _is_trained(part.linear):
+            yield (dy_TO.T @ x_TI).to(part.linear.weight.dtype)
+        if part.linear.bias is not None and part.linear.bias.requires_grad:
+            yield dy_TO.sum(0).to(part.linear.bias.dtype)
+        if part.down_RI is None or part.up_OR is None or low_TR is None or dlow_TR is None:
+            return
+        mine_TR = (dy_TO @ part.up_OR.to(x_TI.dtype)).mul_(part.scale)
+        dlow_TR[:, part.ranks] = mine_TR
+        if part.down_RI.requires_grad:
+            yield (mine_TR.T @ x_TI).to(part.down_RI.dtype)
+            yield (dy_TO.T @ low_TR[:, part.ranks]).mul_(part.scale).to(part.up_OR.dtype)
+
+    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        if self._fused_OI is not None:
+            return self._fused_OI.to(dtype)
+        return torch.cat([part.linear.quantised.dequantise(dtype) for part in self._parts])
+
+    def _bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        if self._parts[0].linear.bias is None:
+            return None
+        return torch.cat([part.linear.bias for part in self._parts]).to(dtype)
+
+    def _down(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([part.down_RI for part in self._parts if part.down_RI is not None]).to(dtype)
+
+    def _low(self, x_TI: torch.Tensor) -> torch.Tensor | None:
+        if all(part.down_RI is None for part in self._parts):
+            return None
+        return x_TI @ self._down(x_TI.dtype).T
+
+
+def can_project(layer: Any) -> bool:
+    """Return whether a layer is one that :class:`Projection` knows the gradients of."""
+    if not isinstance(layer, LoraLayer):
+        return type(layer) in (torch.nn.Linear, QuantisedLinear)
+    plain = type(layer.get_base_layer()) in (torch.nn.Linear, QuantisedLinear)
+    dropouts = (dropout for dropout in layer.lora_dropout.values() if not isinstance(dropout, torch.nn.Identity))
+    variants: dict[str, Any] = getattr(layer, "lora_variant", {})
+    return plain and not variants and not any(dropouts) and len(layer.active_adapters) == 1
+
+
+def _parts(layers: Sequence[Any]) -> Iterator[_Part]:
+    row = rank = 0
+    for layer in layers:
+        linear = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        outputs = slice(row, row + linear.out_features)
+        row = outputs.stop
+        name = layer.active_adapters[0] if isinstance(layer, LoraLayer) else None
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            ranks = slice(rank, rank + len(down))
+            rank = ranks.stop
+            yield _Part(linear, outputs, down, up, layer.scaling[name], ranks)
+        else:
+            yield _Part(linear, outputs)
+
+
+def _is_trained(linear: torch.nn.Linear) -> bool:
+    # To ask a quantised layer for its weight would restore it.
+    return not isinstance(linear, QuantisedLinear) and linear.weight.requires_grad
+
+
+def _trained(part: _Part) -> Iterator[torch.nn.Parameter]:
+    if _is_trained(part.linear):
+        yield part.linear.weight
+    if part.linear.bias is not None and part.linear.bias.requires_grad:
+        yield part.linear.bias
+    if part.down_RI is not None and part.up_OR is not None and part.down_RI.requires_grad:
+        yield part.down_RI
+        yield part.up_OR
+
+
+def _fuse(linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
+    """Move the weights into one tensor of which the layers' parameters are views; None where they are quantised."""
+    if any(isinstance(linear, QuantisedLinear) for linear in linears):
+        return None
+    if len(linears) == 1:
+        return linears[0].weight.data
+    fused_OI = torch.cat([linear.weight.data for linear in linears])
+    for linear, rows_OI in zip(linears, fused_OI.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.data = rows_OI
+    return fused_OI

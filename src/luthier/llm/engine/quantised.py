@@ -1,0 +1,261 @@
+"""A frozen base in 4 or 8 bits, for adapters that are trained over it (QLoRA).
+
+Dettmers et al. 2023, arXiv 2305.14314: weights are stored in 4-bit NormalFloat (NF4) with one scale per block of 64,
+the scales themselves in 8 bits (double quantisation), and are made whole again just where they are multiplied. Or, for
+less error, in int8 with one float32 scale per block. Pure torch, on any device.
+
+What comes in: linear layers in float32, bfloat16 or float16. What goes out: linear layers that PEFT takes for such. The
+codes are not in ``state_dict``: a base is quantised again from its own files whenever it is loaded. Merging into a
+quantised layer is not possible (PEFT's ``merge`` would add to a weight made for the moment): merge into the real base.
+
+Names end in their dimensions: N weights of a layer (O outputs x I inputs, row by row), B blocks of 64, G groups of 256
+blocks, T anything before the inputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Self
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Bits = Literal[4, 8]
+BLOCK = 64  # weights that share a scale
+GROUP = 256  # scales that share the scale and offset of their 8 bits
+INT8_MAX = 127
+UINT8_MAX = 255
+# The 16 values of NF4 (Dettmers et al. 2023, appendix E): quantiles of a normal distribution scaled to [-1, 1], one of
+# them exactly zero.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A weight matrix in 4 or 8 bits.
+
+    ``codes``: 4 bits: uint8 (B * 32,), two NF4 codes a byte, the first in the high half; 8 bits: int8 (B * 64,). The
+    last block is filled up with zeros. ``absmax_B``: the greatest magnitude of each block; 8 bits: float32; 4 bits:
+    uint8 between the two float32 numbers of its group in ``absmax_range_G2``: the least, and the step.
+    """
+
+    bits: Bits
+    shape: tuple[int, int]
+    codes: torch.Tensor
+    absmax_B: torch.Tensor
+    absmax_range_G2: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The memory of codes and scales in bytes."""
+        tensors = (self.codes, self.absmax_B, self.absmax_range_G2)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def scales(self) -> torch.Tensor:
+        """Return the greatest magnitude of each block, float32 (B,)."""
+        return _whole_absmax(self.absmax_B, self.absmax_range_G2)
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (O, I) that the codes stand for; computed in float32 and rounded once to ``dtype``."""
+        if self.bits == 4:
+            pairs = _nf4_pairs(self.codes.device).index_select(0, self.codes.int())
+            weight_B64 = pairs.view(torch.float32).view(-1, BLOCK).mul_(self.scales()[:, None])
+        else:
+            weight_B64 = self.codes.view(-1, BLOCK) * (self.scales() / INT8_MAX)[:, None]
+        outputs, inputs = self.shape
+        return weight_B64.view(-1)[: outputs * inputs].view(outputs, inputs).to(dtype)
+
+    def to(self, device: torch.device) -> QuantisedWeight:
+        """Return the same weight on another device; number types stay as they are."""
+        spread = self.absmax_range_G2
+        return QuantisedWeight(
+            self.bits,
+            self.shape,
+            self.codes.to(device),
+            self.absmax_B.to(device),
+            None if spread is None else spread.to(device),
+        )
+
+
+@torch.no_grad()
+def quantise(weight_OI: torch.Tensor, bits: Bits) -> QuantisedWeight:
+    """Return a weight matrix (O, I) in 4 bits (NF4, double quantisation) or 8 (int8), on its own device.
+
+    Every value becomes the code whose product with the stored scale of its block is nearest (arXiv 2305.14314,
+    sections 2 and 3); of two equally near, the lower. Blocks run on over the ends of rows, so no size is odd.
+    """
+    outputs, inputs = weight_OI.shape
+    flat_N = weight_OI.detach().float().reshape(-1)
+    weight_B64 = torch.nn.functional.pad(flat_N, (0, -flat_N.numel() % BLOCK)).view(-1, BLOCK)
+    absmax_B = weight_B64.abs().amax(1)
+    if bits == 8:
+        codes = (_divided(weight_B64, absmax_B) * INT8_MAX).round().to(torch.int8).view(-1)
+        return QuantisedWeight(8, (outputs, inputs), codes, absmax_B)
+    stored_B, range_G2 = _double_quantised(absmax_B)
+    scaled_B64 = _divided(weight_B64, _whole_absmax(stored_B, range_G2))
+    codebook = torch.tensor(NF4, device=weight_OI.device)
+    codes_N = torch.bucketize(scaled_B64, (codebook[1:] + codebook[:-1]) / 2, out_int32=True).view(-1).to(torch.uint8)
+    return QuantisedWeight(4, (outputs, inputs), codes_N[0::2] << 4 | codes_N[1::2], stored_B, range_G2)
+
+
+class QuantisedLinear(torch.nn.Linear):
+    """A frozen linear layer in 4 or 8 bits. Gradients flow to its input (and its bias), never to its weight.
+
+    It is made with :meth:`from_linear`. ``weight_dtype`` is the number type in which ``weight`` is given; products are
+    computed in that of the input, or of autocast where that is on.
+    """
+
+    def __init__(self, quantised: QuantisedWeight, weight_dtype: torch.dtype, bias: torch.nn.Parameter | None) -> None:
+        torch.nn.Module.__init__(self)  # not Linear's: it would make a whole weight
+        self.out_features, self.in_features = quantised.shape
+        self.quantised = quantised
+        self.weight_dtype = weight_dtype
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, bits: Bits) -> Self:
+        """Return a linear layer in 4 or 8 bits; the bias is the same parameter."""
+        made = cls(quantise(linear.weight, bits), linear.weight.dtype, linear.bias)
+        return made.train(linear.training)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The weight (O, I) in ``weight_dtype``, made anew on every access: a change of it changes nothing."""
+        return self.quantised.dequantise(self.weight_dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (T, O) for inputs (T, I)."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        output_TO: torch.Tensor = _Product.apply(input.to(dtype), self.quantised)
+        return output_TO if self.bias is None else output_TO + self.bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Say the sizes and the bits."""
+        return f"{super().extra_repr()}, bits={self.quantised.bits}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Follow ``.to(device)`` and ``.to(dtype)``: codes and scales move, but keep their own number types."""
+        super()._apply(fn, recurse)
+        moved = fn(torch.empty(0, dtype=self.weight_dtype, device=self.quantised.codes.device))
+        self.weight_dtype = moved.dtype
+        self.quantised = self.quantised.to(moved.device)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """Multiply with a quantised weight; what backward needs of it is made again instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, quantised: QuantisedWeight) -> torch.Tensor:
+        ctx.quantised = quantised
+        return torch.nn.functional.linear(x_TI, quantised.dequantise(x_TI.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TO: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return dy_TO @ ctx.quantised.dequantise(dy_TO.dtype), None
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What :func:`quantise_model` did: how many layers, and the bytes of their weights before and after."""
+
+    layers: int
+    bytes_before: int
+    bytes_after: int
+
+
+def quantise_model(
+    model: torch.nn.Module, bits: Bits, skip: Sequence[str] = ("lm_head", "score", "classifier")
+) -> Quantisation:
+    """Replace the linear layers of a model's numbered layers by quantised ones, in place, one after the other.
+
+    Left as they are: layers with a part of their dotted name in ``skip``, those outside a numbered list of layers
+    (such as heads), subclasses of ``Linear``, and weights that two modules share (such as a head tied to embeddings).
+    """
+    layers = before = after = 0
+    for name in list(_quantisable(model, skip)):
+        # By name: a list of modules would keep every whole weight in memory to the end.
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)  # noqa: S101 - for the type checker; _quantisable gives no others
+        quantised = QuantisedLinear.from_linear(linear, bits)
+        layers += 1
+        before += linear.weight.nbytes
+        after += quantised.quantised.bytes
+        setattr(model.get_submodule(parent), child, quantised)
+    return Quantisation(layers, before, after)
+
+
+def _quantisable(model: torch.nn.Module, skip: Sequence[str]) -> Iterator[str]:
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        numbered = any(part.isdigit() for part in parts)
+        if (
+            type(module) is torch.nn.Linear
+            and numbered
+            and set(skip).isdisjoint(parts)
+            and owners[id(module.weight)] == 1
+        ):
+            yield name
+
+
+def _divided(weight_B64: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:
+    """Return the weights over the scale of their block, within [-1, 1]; blocks of zeros stay zero."""
+    least = torch.finfo(torch.float32).tiny
+    return (weight_B64 / absmax_B.clamp(min=least)[:, None]).clamp_(-1, 1)
+
+
+def _double_quantised(absmax_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales in 8 bits: uint8 (B,) and per group of 256 the least and the step, float32 (G, 2).
+
+    Arithmetic of arXiv 2305.14314, section 3, "double quantization", with 255 even steps between the least and the
+    greatest scale of a group instead of an 8-bit float around the mean: the error is at most half a step.
+    """
+    blocks = absmax_B.numel()
+    filled = torch.cat([absmax_B, absmax_B[-1:].expand(-blocks % GROUP)]).view(-1, GROUP)
+    least_G, greatest_G = filled.aminmax(dim=1)
+    step_G = (greatest_G - least_G) / UINT8_MAX
+    steps = (filled - least_G[:, None]) / step_G.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    stored = steps.round().clamp_(0, UINT8_MAX).to(torch.uint8)
+    return stored.view(-1)[:blocks].clone(), torch.stack([least_G, step_G], dim=1)
+
+
+def _whole_absmax(absmax_B: torch.Tensor, absmax_range_G2: torch.Tensor | None) -> torch.Tensor:
+    if absmax_range_G2 is None:
+        return absmax_B
+    range_B2 = absmax_range_G2.repeat_interleave(GROUP, dim=0)[: absmax_B.numel()]
+    return torch.addcmul(range_B2[:, 0], absmax_B.float(), range_B2[:, 1])
+
+
+@cache
+def _nf4_pairs(device: torch.device) -> torch.Tensor:
+    """Return the two float32 values of every byte as one int64 each (256,): one look-up gives two weights."""
+    with torch.inference_mode(False):
+        codebook = torch.tensor(NF4, dtype=torch.float32)
+        pairs = torch.stack([codebook.repeat_interleave(16), codebook.repeat(16)], dim=1)
+        return pairs.view(torch.int64).view(-1).to(device)

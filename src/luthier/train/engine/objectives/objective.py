@@ -1,0 +1,53 @@
+"""The socket of a training method: units (examples, pairs) in, the loss of their batch out, in parts that fit memory.
+
+A batch's loss is a weighted mean over its units. An objective yields it in parts that add up to it exactly, each with
+its own graph, so that the loop can go backward through one before the next is computed: gradients accumulate to those
+of the whole batch, however it was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+
+from luthier.templates.renderer import TokenizedExample, TokenizedPair
+
+Unit = TokenizedExample | TokenizedPair
+U = TypeVar("U", contravariant=True)
+OnProgress = Callable[[str, float], None]
+"""Hears what is being done and which share of it is done."""
+
+
+@dataclass(frozen=True)
+class PartLoss:
+    """A part's share of its batch's mean loss, and sums for metrics: name → (weighted sum, sum of weights)."""
+
+    loss: torch.Tensor
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class Objective(Protocol[U]):
+    """One training method over a model that it was made with."""
+
+    def prepare(self, units: Sequence[U], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+        """Compute what stays the same during training, once, before its first step; ``folder`` keeps it."""
+
+    def losses(self, units: Sequence[U], *, training: bool) -> Iterator[PartLoss]:
+        """Yield the parts of a batch's loss. The caller goes backward through each before it asks for the next."""
+
+
+def tokens_of(unit: Unit) -> int:
+    """Return a unit's own tokens, as if nothing were shared or padded."""
+    if isinstance(unit, TokenizedPair):
+        return len(unit.chosen.tokens) + len(unit.rejected.tokens)
+    return len(unit.tokens)
+
+
+def sum_by_owner(values_M: torch.Tensor, owners: Sequence[int], examples: int) -> torch.Tensor:
+    """Return the sum of each example's values, (N,); differentiable."""
+    owners_M = torch.tensor(owners, device=values_M.device)
+    return torch.zeros(examples, device=values_M.device).index_add(0, owners_M, values_M)

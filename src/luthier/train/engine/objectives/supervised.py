@@ -1,0 +1,53 @@
+"""Supervised learning: the cross-entropy of the tokens that are to be learned. Raw text is the same with all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from luthier.llm.engine.row_model import RowModel
+from luthier.llm.rows import Row, pack
+from luthier.records.objectives import SupervisedOptions
+from luthier.templates.renderer import TokenizedExample
+from luthier.train.engine.noise import example_lengths, neftune
+from luthier.train.engine.objectives.objective import OnProgress, PartLoss
+
+
+@dataclass
+class Supervised:
+    """The weighted mean over all target tokens of a batch: sum w (-log p) / sum w.
+
+    ``prefix`` is how many first tokens all examples share. ``token_accuracy`` counts targets that the model would
+    choose itself.
+    """
+
+    model: RowModel
+    options: SupervisedOptions
+    prefix: int
+    tokens_per_row: int
+
+    def prepare(
+        self, units: Sequence[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
+    ) -> None:
+        """Nothing stays the same here."""
+
+    def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> Iterator[PartLoss]:
+        """Yield one part per row."""
+        rows = pack(units, self.prefix, self.tokens_per_row)
+        total_weight = sum(sum(row.weights) for row in rows)
+        noise = self._noise if training and self.options.neftune_alpha else None
+        smoothing = self.options.label_smoothing if training else 0.0
+        for row in rows:
+            if not row.targets:
+                continue
+            found = self.model.targets(row, smoothing, noise)
+            weights_M = torch.tensor(row.weights, device=found.logprobs_M.device)
+            right = int((found.chosen_M.cpu() == torch.tensor([token for _, token in row.targets])).sum())
+            loss = -(found.logprobs_M * weights_M).sum() / total_weight
+            yield PartLoss(loss, {"token_accuracy": (right, len(row.targets))})
+
+    def _noise(self, embedded_TE: torch.Tensor, row: Row) -> torch.Tensor:
+        return neftune(embedded_TE, self.options.neftune_alpha, example_lengths(row.groups))

@@ -1,0 +1,29 @@
+"""What a run says beside its numbers."""
+
+from __future__ import annotations
+
+from luthier.records.record import Record
+from luthier.train.watch import Warning
+
+
+class WarningNote(Record):
+    """Something seems wrong."""
+
+    warning: Warning
+
+
+class SampleNote(Record):
+    """How the model answers the sample prompts at a step, in tokens, in the order of the prompts."""
+
+    step: int
+    answers: list[list[int]]
+
+
+class PreparationNote(Record):
+    """Work before the first step, and which share of it is done."""
+
+    what: str
+    share: float
+
+
+Note = WarningNote | SampleNote | PreparationNote

@@ -1,0 +1,230 @@
+"""What a training run learns from: everything that its request names, looked up, rendered and checked, per method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from luthier.errors import InputError
+from luthier.ingest.sampling import resample
+from luthier.records.base_model import BaseModelInfo, Machine
+from luthier.records.dataset import DatasetVersion
+from luthier.records.example import Conversation, Example, Message
+from luthier.records.objectives import PAIRED, product
+from luthier.records.record import Record
+from luthier.records.template import TemplateVersion
+from luthier.records.training import TrainingConfig, TrainingPlan
+from luthier.store.store import Store
+from luthier.templates.chat_format import ChatFormat
+from luthier.templates.labelled import TextRenderer, label_names, labelled_texts, load_tokenizer, tokenize_labelled
+from luthier.templates.raw_text import tokenize_documents
+from luthier.templates.renderer import (
+    RenderPolicy,
+    RenderReport,
+    TemplateRenderer,
+    tokenize,
+    tokenize_pairs,
+    tokenize_thumbs,
+)
+from luthier.train.hyperparameters import max_tokens
+from luthier.train.plan import Material, Unit, plan_training
+from luthier.workflows.datasets import side
+from luthier.workflows.models import served_folder, shape
+
+RAW_PROMPT_CHARACTERS = 200
+TESTED_BY_EVALUATION = ("supervised", "raw_text")
+
+
+class TrainRequest(Record):
+    """What to train: a base on a divided dataset through a template.
+
+    ``base`` is a base model, or a tuned one (``ft:…``) from whose adapter training goes on. ``parity_prompts``
+    held-out prompts prove that adapter, merged, GGUF and served model agree on at least ``parity_limit`` of the answer
+    tokens; 0 leaves the proof out.
+    """
+
+    base: str
+    dataset: str
+    template: str | None = None
+    suffix: str = ""
+    options: TrainingConfig = TrainingConfig()
+    parity_prompts: int = Field(64, ge=0)
+    parity_limit: float = Field(0.97, gt=0, le=1)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a request names, looked up and rendered.
+
+    ``held_out`` are the conversations that parity and sample answers use; empty for models that do not write.
+    """
+
+    request: TrainRequest
+    base: BaseModelInfo
+    base_folder: Path
+    start_adapter: Path | None
+    dataset: DatasetVersion
+    template: TemplateVersion | None
+    chat_format: ChatFormat | None
+    material: Material
+    test: Sequence[Unit]
+    labels: tuple[str, ...]
+    held_out: list[Conversation]
+    sampled: list[Conversation]
+
+    def plan(self, machine: Machine) -> TrainingPlan:
+        """Plan the run on a machine, without making a step."""
+        sizes = shape(self.base_folder, self.base.parameters)
+        return plan_training(self.material, self.request.options, sizes, machine)
+
+
+def prepare(store: Store, request: TrainRequest, answer_tokens: int) -> Prepared:
+    """Look up and render what a request names; ``answer_tokens`` must fit behind a held-out prompt.
+
+    Raises:
+        NotFoundError: the base, dataset or template is not there.
+        InputError: the examples do not fit the method, or cannot be learned as they are.
+    """
+    options = request.options
+    base, start_adapter = _base(store, request.base)
+    folder = store.models.base_folder(base)
+    writes = product(options.method) == "generator"
+    _check_kind(base, options)
+    if writes:
+        served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
+    dataset = store.datasets.get(request.dataset)
+    template = store.templates.get(request.template) if request.template else None
+    reader = _Reader(options, folder, base, dataset, template)
+    train_side = side(store, dataset, "train")
+    if options.resample != "none":
+        train_side = _resampled(train_side, options)
+    examples, report = reader.read(train_side)
+    validation = reader.read(side(store, dataset, "validation"))[0]
+    test_side = side(store, dataset, "test")
+    return Prepared(
+        request=request,
+        base=base,
+        base_folder=folder,
+        start_adapter=start_adapter,
+        dataset=dataset,
+        template=template,
+        chat_format=reader.chat_format,
+        material=Material(examples, validation, report),
+        test=[] if options.method in TESTED_BY_EVALUATION else reader.read(test_side)[0],
+        labels=reader.labels,
+        held_out=reader.answerable(test_side, answer_tokens) if writes else [],
+        sampled=reader.answerable(side(store, dataset, "validation"), options.sample_tokens) if writes else [],
+    )
+
+
+class _Reader:
+    """Turns the examples of one side into units, by method; a classifier's labels come from the first side read."""
+
+    def __init__(
+        self,
+        options: TrainingConfig,
+        folder: Path,
+        base: BaseModelInfo,
+        dataset: DatasetVersion,
+        template: TemplateVersion | None,
+    ) -> None:
+        self.labels: tuple[str, ...] = ()
+        self.chat_format = ChatFormat.load(folder) if base.kind == "decoder" else None
+        self._options = options
+        self._folder = folder
+        self._fields = dataset.fields
+        self._template = template.template if template else None
+        self._policy = RenderPolicy(
+            max_tokens=max_tokens(options, shape(folder, base.parameters)),
+            too_long=options.too_long,
+            empty_mask=options.empty_mask,
+            missing_end_of_turn=options.missing_end_of_turn,
+            equal_answers=options.equal_answers,
+        )
+
+    def read(self, examples: Sequence[Example]) -> tuple[Sequence[Unit], RenderReport]:
+        """Return examples as units of the method."""
+        if not examples:
+            return [], RenderReport()
+        method = self._options.method
+        if method in ("classification", "regression"):
+            return self._labelled(examples)
+        assert self.chat_format is not None  # noqa: S101  encoders only label
+        if method == "raw_text":
+            texts = self._texts()
+            documents = ((example.id, texts.text(example)) for example in examples)
+            return tokenize_documents(documents, self.chat_format, length=self._policy.max_tokens)
+        read: Callable[..., tuple[Sequence[Unit], RenderReport]] = tokenize
+        if method in PAIRED:
+            read = tokenize_pairs
+        elif method == "kto":
+            read = tokenize_thumbs
+        return read(self._conversations(examples), self.chat_format, self._policy)
+
+    def answerable(self, examples: Sequence[Example], answer_tokens: int) -> list[Conversation]:
+        """Return the conversations whose prompts leave room for an answer."""
+        assert self.chat_format is not None  # noqa: S101  only models that write are asked
+        room = self.chat_format.context_length - answer_tokens
+        found = self._beginnings(examples) if self._options.method == "raw_text" else self._conversations(examples)
+        return [one for one in found if len(self.chat_format.prompt_tokens(one.prompt)) <= room]
+
+    def _conversations(self, examples: Sequence[Example]) -> list[Conversation]:
+        return TemplateRenderer(self._template, self._fields).conversations(examples, self._options.columns)
+
+    def _beginnings(self, examples: Sequence[Example]) -> list[Conversation]:
+        """Return documents as a prompt of their beginning and an answer of what follows."""
+        texts = self._texts()
+        found = []
+        for example in examples:
+            text = texts.text(example)
+            cut = min(RAW_PROMPT_CHARACTERS, len(text) // 2)
+            turns = (Message(role="user", content=text[:cut]), Message(role="assistant", content=text[cut:]))
+            found.append(Conversation(example_id=example.id, messages=turns))
+        return found
+
+    def _labelled(self, examples: Sequence[Example]) -> tuple[Sequence[Unit], RenderReport]:
+        texts = labelled_texts(examples, self._texts(), self._options.columns)
+        classes = self._options.method == "classification"
+        if classes and not self.labels:
+            self.labels = label_names(texts)
+        tokenizer = load_tokenizer(self._folder)
+        empty = self._options.empty_mask
+        return tokenize_labelled(
+            texts, tokenizer, self.labels if classes else None, self._policy.max_tokens, empty=empty
+        )
+
+    def _texts(self) -> TextRenderer:
+        return TextRenderer(self._template, self._options.columns, self._fields)
+
+
+def _base(store: Store, name: str) -> tuple[BaseModelInfo, Path | None]:
+    """Return the base model, and the adapter to go on from where a tuned model is named."""
+    if not name.startswith("ft:"):
+        return store.models.base(name), None
+    tuned = store.models.get(name)
+    if "adapter" not in tuned.artifacts:
+        raise InputError(
+            f"{name} was trained whole and has no adapter to go on from.",
+            hint="pull its merged form as a base: luthier model export NAME merged, then luthier model pull FOLDER",
+        )
+    return store.models.base(tuned.base), store.models.artifact_folder(tuned.artifacts["adapter"])
+
+
+def _check_kind(base: BaseModelInfo, options: TrainingConfig) -> None:
+    if base.kind == "encoder" and options.method not in ("classification", "regression"):
+        raise InputError(
+            f"{base.id} is an encoder: it reads texts but cannot write them, so it cannot learn by {options.method}.",
+            hint="use method classification or regression, or a decoder such as smollm2-135m",
+        )
+
+
+def _resampled(examples: list[Example], options: TrainingConfig) -> list[Example]:
+    if options.columns.group is None:
+        raise InputError(
+            "To resample, the column that names each example's group must be known.", hint="set columns.group=FIELD"
+        )
+    factors = options.resample if options.resample != "none" else "balanced"
+    return resample(examples, options.columns.group, factors, options.seed)[0]
