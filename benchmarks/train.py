@@ -86,16 +86,20 @@ class Bench:
         self.home = home or folder / "home"
         self.folder = folder
         self.prepared = folder / "prepared.json"
+        self.matmul_flops = 0.0
         self._count = 0
 
     def prepare(self) -> dict[str, Any]:
         """Write the workload's tokens; return what the machine is."""
-        return self._child({"job": "prepare", "workload": self.workload, "home": str(self.home.resolve())})
+        spec = {"job": "prepare", "workload": self.workload, "home": str(self.home.resolve()), "steps": self.steps}
+        machine = self._child(spec)
+        self.matmul_flops = machine["matmul_flops"]
+        return machine
 
     def train(self, side: str, seed: int) -> dict[str, Any]:
         """Train one side in a fresh process; return what was measured."""
         raw = self._child({"job": "train", "side": side, "steps": self.steps, "seed": seed})
-        return _figures(raw)
+        return _figures(raw, self.matmul_flops)
 
     def judge(self, adapters: list[str]) -> dict[str, float]:
         """Return the held-out loss with each adapter."""
@@ -109,6 +113,7 @@ class Bench:
         (folder / "spec.json").write_text(json.dumps(spec))
         paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
         quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(self.folder / "cache"), "PYTHONWARNINGS": "ignore"}
+        quiet["GOMP_SPINCOUNT"] = "1000"  # as Luthier's workers; else another busy process stops all sides
         done = subprocess.run(
             [sys.executable, "-m", "training.child", str(folder / "spec.json")],
             env=os.environ | quiet | {"PYTHONPATH": paths},
@@ -121,7 +126,7 @@ class Bench:
         return json.loads((folder / "result.json").read_text())
 
 
-def _figures(raw: dict[str, Any]) -> dict[str, Any]:
+def _figures(raw: dict[str, Any], matmul_flops: float) -> dict[str, Any]:
     """Turn what a child measured into rates over the steps after the warm-up."""
     ends, warm = raw["step_ends"], WARM_STEPS
     assert len(ends) == len(raw["step_tokens"]) > warm, "too few steps to time"
@@ -142,8 +147,7 @@ def _figures(raw: dict[str, Any]) -> dict[str, Any]:
         "options": raw["options"],
     }
     if "arithmetic" in raw:
-        rate = raw["arithmetic"]["flop_per_computed_token"] * figures["computed_per_real_token"]
-        share = rate * figures["tokens_per_second"] / raw["arithmetic"]["machine_matmul_flops"]
+        share = raw["arithmetic"]["flop_per_real_token"] * figures["tokens_per_second"] / matmul_flops
         figures |= {"arithmetic": raw["arithmetic"], "matmul_share": share}
     return figures
 
@@ -194,7 +198,7 @@ def _tune(bench: Bench, names: list[str] | None) -> None:
 
     for name in names or CANDIDATES[bench.workload]:
         try:
-            _say(name, bench.train(f"trl_{name}", 0))
+            _say(name, bench.train(name if name in SIDES else f"trl_{name}", 0))
         except SystemExit as error:
             print(f"{name:26} failed: {str(error).strip().splitlines()[-1]}", flush=True)
 

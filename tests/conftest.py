@@ -1,4 +1,4 @@
-"""Real parts in small: a tiny random Llama with a tokenizer of its own, as a model folder and as a served folder."""
+"""Real parts in small: a tiny random Llama as a model folder and as a served folder, and a tiny random BERT."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ TOKENIZER_TEXT = [
 ]
 VOCABULARY_SIZE = 400
 CONTEXT_TOKENS = 2048
+ENCODER_CONTEXT_TOKENS = 64
+ENCODER_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +39,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     size = _write_tokenizer(folder)
     _write_weights(folder, size)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a random BERT (2 layers, hidden 32, some 200 tokens, context 64) as a Hugging Face model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-encoder"
+    folder.mkdir()
+    _write_encoder_weights(folder, _write_encoder_tokenizer(folder))
     return folder
 
 
@@ -117,6 +128,49 @@ def _write_weights(folder: Path, vocabulary_size: int) -> None:
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+
+
+def _write_encoder_tokenizer(folder: Path) -> int:
+    """Write a WordPiece tokenizer that, like all-MiniLM's, pads and truncates by itself."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=ENCODER_SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(TOKENIZER_TEXT, trainer)
+    first, last = (ENCODER_SPECIAL_TOKENS.index(token) for token in ("[CLS]", "[SEP]"))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", last), ("[CLS]", first))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": ENCODER_CONTEXT_TOKENS,
+        **dict(zip(names, ENCODER_SPECIAL_TOKENS, strict=True)),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    return int(tokenizer.get_vocab_size())
+
+
+def _write_encoder_weights(folder: Path, vocabulary_size: int) -> None:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=ENCODER_CONTEXT_TOKENS,
+        pad_token_id=ENCODER_SPECIAL_TOKENS.index("[PAD]"),
+        initializer_range=0.2,
+    )
+    BertModel(config).to(torch.float32).save_pretrained(folder)
 
 
 def _write_gguf(folder: Path, destination: Path) -> None:

@@ -8,65 +8,73 @@ from pathlib import Path
 from typing import Any
 
 from luthier.llm.engine.torch_model import measure_machine
-from luthier.llm.rows import computed_tokens
-from luthier.records.base_model import Machine, ModelShape
+from luthier.llm.rows import Row
+from luthier.records.base_model import ModelShape
+from luthier.records.objectives import DpoOptions, Method
 from luthier.records.training import TrainingConfig, TrainingPlan
-from luthier.templates.renderer import RenderReport, TokenizedExample
-from luthier.train.engine.loop import TrainingJob, _Order, best_adapter, train
-from luthier.train.plan import plan_training
+from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
+from luthier.train.engine.loop import TrainingJob, best_adapter, train
+from luthier.train.engine.objectives.preference import Dpo
+from luthier.train.engine.order import Order
+from luthier.train.plan import Material, plan_training, rows_of
 from luthier.workflows.models import shape
-from training.workloads import loss_tokens, real_tokens
+from training.workloads import Tokens, real_tokens
 
 LEARNING_RATE, RANK, ALPHA, GRADIENT_NORM, BETA = 2e-4, 16, 32.0, 1.0, 0.1
+METHODS: dict[str, Method] = {"A": "supervised", "B": "supervised", "C": "raw_text", "dpo": "dpo"}
 
 
 def run(prepared: dict[str, Any], steps: int, seed: int, folder: Path) -> dict[str, Any]:
     """Train with Luthier for ``steps`` optimizer steps."""
-    side = _ours_dpo if prepared["workload"] == "dpo" else _ours_supervised
-    return side(prepared, steps, seed, folder)
+    plan = _plan(prepared, steps, seed)
+    units = _units(prepared["train"])
+    job = TrainingJob(plan, units, [], Path(prepared["base_folder"]), prepared["base_name"], folder)
+    reference = _time_reference()
+    ends: list[tuple[float, float]] = []
+    train(job, lambda _: ends.append((time.perf_counter(), time.process_time())), lambda: None)
+    seen, size = visits(prepared, steps, seed), prepared["batch"]
+    batches = [seen[first : first + size] for first in range(0, len(seen), size)]
+    rows = [row for batch in batches for row in rows_of([units[i] for i in batch], plan.shared_prefix, plan.resolved)]
+    tokens = [sum(real_tokens(prepared["train"][i]) for i in batch) for batch in batches]
+    return {
+        "step_ends": ends,
+        "step_tokens": tokens,
+        "step_examples": list(map(len, batches)),
+        "computed_tokens": sum(len(row.tokens) for row in rows),
+        "reference_seconds": sum(reference),
+        "adapter": str(best_adapter(job)),
+        "options": {**plan.resolved.model_dump(mode="json"), "shared_prefix": plan.shared_prefix},
+        "arithmetic": _arithmetic(prepared, rows, sum(tokens)),
+    }
 
 
 def visits(prepared: dict[str, Any], steps: int, seed: int) -> list[int]:
     """Return the examples in the order in which Luthier's loop takes them; the other sides are given it."""
-    count = len(prepared["train"])
-    order = _Order(count, _plan(prepared, steps, seed).resolved)
+    order = Order(len(prepared["train"]), _plan(prepared, steps, seed).resolved)
     seen = [index for step in range(steps) for index in order.batch(step)]
     assert len(seen) == steps * prepared["batch"]
     return seen
 
 
-def _ours_supervised(prepared: dict[str, Any], steps: int, seed: int, folder: Path) -> dict[str, Any]:
-    machine = measure_machine()
-    plan = _plan(prepared, steps, seed, machine)
-    examples = _examples(prepared["train"])
-    job = TrainingJob(plan, examples, [], Path(prepared["base_folder"]), prepared["base_name"], folder)
-    ends: list[tuple[float, float]] = []
-    train(job, lambda _: ends.append((time.perf_counter(), time.process_time())), lambda: None)
-    seen = visits(prepared, steps, seed)
-    batches = [seen[first : first + prepared["batch"]] for first in range(0, len(seen), prepared["batch"])]
-    row, prefix = plan.resolved.tokens_per_row, plan.shared_prefix
-    visited = [examples[index] for index in seen]
-    computed = computed_tokens(visited, prefix, row, prepared["batch"])
-    options = plan.resolved.model_dump(mode="json")
-    return {
-        "step_ends": ends,
-        "step_tokens": [sum(real_tokens(prepared["train"][i]) for i in batch) for batch in batches],
-        "step_examples": list(map(len, batches)),
-        "computed_tokens": computed,
-        "adapter": str(best_adapter(job)),
-        "options": {**options, "shared_prefix": prefix},
-        "arithmetic": _arithmetic(prepared, visited, seen, prefix, computed, machine),
-    }
+def _time_reference() -> list[float]:
+    """Return a list that takes the seconds of the pass over all pairs with the reference model."""
+    seconds: list[float] = []
+    prepare = Dpo.prepare
+
+    def timed(*arguments: Any, **named: Any) -> None:
+        started = time.perf_counter()
+        prepare(*arguments, **named)
+        seconds.append(time.perf_counter() - started)
+
+    Dpo.prepare = timed  # type: ignore[method-assign]
+    return seconds
 
 
-def _ours_dpo(prepared: dict[str, Any], steps: int, seed: int, folder: Path) -> dict[str, Any]:
-    raise NotImplementedError("Luthier's preference training is not part of this benchmark: use --only trl_best.")
-
-
-def _plan(prepared: dict[str, Any], steps: int, seed: int, machine: Machine | None = None) -> TrainingPlan:
-    count, batch = len(prepared["train"]), prepared["batch"]
+def _plan(prepared: dict[str, Any], steps: int, seed: int) -> TrainingPlan:
+    batch = prepared["batch"]
     config = TrainingConfig(
-        epochs=(steps * batch - 0.5) / count,  # half an example less, lest rounding add a step
+        method=METHODS[prepared["workload"]],
+        epochs=(steps * batch - 0.5) / len(prepared["train"]),  # half an example less, lest rounding add a step
         batch_size=batch,
         learning_rate=LEARNING_RATE,
         warmup_share=0.0,
@@ -77,63 +85,59 @@ def _plan(prepared: dict[str, Any], steps: int, seed: int, machine: Machine | No
         validations=1,
         checkpoints=1,
         seed=seed,
+        dpo=DpoOptions(beta=BETA),
     )
-    machine = machine or Machine(cores=1, memory_bytes=2**50, has_fast_bfloat16=False, matmul_flops=1.0)
-    plan = plan_training(_examples(prepared["train"]), [], RenderReport(), config, _shape(prepared), machine)
+    material = Material(_units(prepared["train"]), [], RenderReport())
+    plan = plan_training(material, config, _shape(prepared), measure_machine())
     assert plan.steps == steps
     return plan
 
 
-def _examples(examples: Sequence[dict[str, list[int]]]) -> list[TokenizedExample]:
-    """Return examples as the loop takes them; of a pair its chosen answer, which is enough to plan."""
+def _units(examples: Sequence[Tokens]) -> list[TokenizedExample] | list[TokenizedPair]:
+    if "tokens" in examples[0]:
+        return [
+            TokenizedExample(str(index), example["tokens"], [bool(bit) for bit in example["mask"]])
+            for index, example in enumerate(examples)
+        ]
     return [
-        TokenizedExample(str(index), example["tokens"], [bool(bit) for bit in example["mask"]])
-        if "tokens" in example
-        else TokenizedExample(
-            str(index),
-            example["prompt"] + example["chosen"],
-            [False] * len(example["prompt"]) + [True] * len(example["chosen"]),
-        )
-        for index, example in enumerate(examples)
+        TokenizedPair(str(index), _answer(pair, "chosen"), _answer(pair, "rejected"))
+        for index, pair in enumerate(examples)
     ]
+
+
+def _answer(pair: Tokens, which: str) -> TokenizedExample:
+    mask = [False] * len(pair["prompt"]) + [True] * len(pair[which])
+    return TokenizedExample(which, pair["prompt"] + pair[which], mask)
 
 
 def _shape(prepared: dict[str, Any]) -> ModelShape:
     return shape(Path(prepared["base_folder"]), prepared["parameters"])
 
 
-def _arithmetic(
-    prepared: dict[str, Any],
-    visited: list[TokenizedExample],
-    seen: list[int],
-    prefix: int,
-    computed: int,
-    machine: Machine,
-) -> dict[str, float]:
-    """Return the useful operations of all steps, forward and backward, where frozen weights get no gradient.
+def _arithmetic(prepared: dict[str, Any], rows: Sequence[Row], real: int) -> dict[str, float]:
+    """Return the useful operations of all rows, forward and backward, where frozen weights get no gradient.
 
     A frozen product costs 2 operations per weight and token forward and 2 backward, an adapter's 2 and 4. Attention
-    costs 4 per width and token seen forward, twice that backward.
+    costs 4 per width and token seen forward, twice that backward. The reference of pairs is one more way forward.
     """
     sizes = _shape(prepared)
-    rests = sum(len(example.tokens) - prefix for example in visited)
-    prefixes = (computed - rests) / prefix if prefix else 0.0  # times that the shared prefix was computed
-    own = [(prefix + 1 + len(example.tokens)) / 2 * (len(example.tokens) - prefix) for example in visited]
-    seen_tokens = sum(own) + prefixes * prefix * (prefix + 1) / 2
-    learned = sum(loss_tokens(prepared["train"][index]) for index in seen)
+    computed = sum(len(row.tokens) for row in rows)
+    seen = 0.0  # tokens that tokens look at
+    for group in (group for row in rows for group in row.groups):
+        seen += group.prefix * (group.prefix + 1) / 2
+        seen += sum(rest * group.prefix + rest * (rest + 1) / 2 for rest in group.rest_lengths)
     key_width = sizes.width // sizes.heads * sizes.key_heads
-    inputs_and_outputs = 2 * (sizes.width + sizes.width) + 2 * (sizes.width + key_width)
-    adapter = sizes.layers * RANK * (inputs_and_outputs + 3 * (sizes.width + sizes.intermediate))
+    edges = 2 * (sizes.width + sizes.width) + 2 * (sizes.width + key_width) + 3 * (sizes.width + sizes.intermediate)
+    learned = sum(len(row.targets) for row in rows)
+    more = 1 if prepared["workload"] == "dpo" else 0
     operations = {
-        "linear": 4.0 * sizes.linear_parameters * computed,
-        "adapter": 6.0 * adapter * computed,
-        "attention": 12.0 * sizes.width * sizes.layers * seen_tokens,
-        "vocabulary": 4.0 * sizes.vocabulary * sizes.width * learned,
+        "linear": (4.0 + 2 * more) * sizes.linear_parameters * computed,
+        "adapter": (6.0 + 2 * more) * sizes.layers * RANK * edges * computed,
+        "attention": (12.0 + 4 * more) * sizes.width * sizes.layers * seen,
+        "vocabulary": (4.0 + 2 * more) * sizes.vocabulary * sizes.width * learned,
     }
-    total = sum(operations.values())
     return {
         **{f"{name}_flop_per_computed_token": value / computed for name, value in operations.items()},
-        "flop_per_computed_token": total / computed,
-        "flop_per_step": total / (len(seen) / prepared["batch"]),
-        "machine_matmul_flops": machine.matmul_flops,
+        "flop_per_computed_token": sum(operations.values()) / computed,
+        "flop_per_real_token": sum(operations.values()) / real,
     }

@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from luthier.llm.engine.torch_model import device, has_fast_bfloat16
 from training.candidates import BEST
 from training.ours import ALPHA, BETA, GRADIENT_NORM, LEARNING_RATE, RANK, visits
+from training.workloads import sequences
 
 # fmt: off
 REPORTED = (
@@ -130,7 +131,7 @@ def _batches(per_device: int, batch: int) -> dict[str, int]:
 
 def _sorted_within_steps(examples: list[Any], batch: int) -> list[Any]:
     batches = [examples[first : first + batch] for first in range(0, len(examples), batch)]
-    return [example for some in batches for example in sorted(some, key=lambda e: -len(e["tokens"]))]
+    return [example for some in batches for example in sorted(some, key=lambda e: -max(map(len, sequences(e))))]
 
 
 def _trainer(

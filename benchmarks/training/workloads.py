@@ -48,14 +48,19 @@ WORKLOADS = {
 }
 
 
-def prepare(name: str, home: Path, destination: Path) -> None:
-    """Tokenize a workload and write it; the base model is pulled into ``home`` where it is not there."""
+def prepare(name: str, home: Path, steps: int, destination: Path) -> None:
+    """Tokenize a workload and write it; the base model is pulled into ``home`` where it is not there.
+
+    Of pairs only those of the first ``steps`` steps are kept, since the reference model is asked for all.
+    """
     store = Store(home)
     base = pull(store, BASE)
     folder = store.models.base_folder(base)
     chat = ChatFormat.load(folder)
     train, held_out = {"A": _tweets, "B": _problems, "C": _opinions, "dpo": _preferences}[name](chat)
     assert all(len(tokens) <= MAX_TOKENS for example in train for tokens in sequences(example))
+    if name == "dpo":
+        train = train[: steps * WORKLOADS[name].batch]
     prepared = {
         "workload": name,
         "title": WORKLOADS[name].title,
@@ -79,11 +84,6 @@ def sequences(example: Tokens) -> list[list[int]]:
 def real_tokens(example: Tokens) -> int:
     """Return an example's own tokens, as if nothing were shared or padded."""
     return sum(map(len, sequences(example)))
-
-
-def loss_tokens(example: Tokens) -> int:
-    """Return at how many tokens an example's loss falls; nothing predicts a first token."""
-    return sum(example["mask"][1:]) if "mask" in example else len(example["chosen"]) + len(example["rejected"])
 
 
 Sides = tuple[list[Tokens], list[Tokens]]

@@ -142,3 +142,15 @@ def test_ctrl_c_pauses_a_run_and_says_how_to_go_on(home: Path, tmp_path: Path, t
     assert process.returncode == 130
     assert f"luthier run resume {runs[0].id}" in errors
     assert store.runs.get(runs[0].id).status == "paused"
+
+
+def test_an_encoder_is_shown_as_one_and_refuses_to_chat(home: Path, tiny_encoder: Path) -> None:
+    pulled = luthier(home, "model", "pull", str(tiny_encoder)).stdout
+    assert "tiny-encoder: encoder" in pulled
+    assert "For classification and embeddings" in pulled
+    for command in (("list",), ("show", "tiny-encoder"), ("catalogue",)):
+        assert "encoder" in luthier(home, "model", *command).stdout
+    assert json.loads(luthier(home, "model", "show", "tiny-encoder", "--json").stdout)["kind"] == "encoder"
+    refused = luthier(home, "chat", "tiny-encoder", ok=False).stderr
+    assert "'tiny-encoder' is an encoder (BertModel)" in refused
+    assert "luthier model catalogue" in refused

@@ -64,6 +64,7 @@ def split(
     label: str = typer.Option(None, help="Keep the shares for every value of this field."),
     seed: int = typer.Option(0, help="The same seed gives the same sides."),
     near: float = typer.Option(0.8, help="Texts at least this similar stay on one side; 0 looks for equal ones only."),
+    column: str = typer.Option(None, help="A field that says the side: train, validation or test."),
     as_json: bool = Json,
 ) -> None:
     """Divide a dataset into train, validation and test; duplicates stay on one side."""
@@ -71,7 +72,7 @@ def split(
     from luthier.records.record import validated
     from luthier.workflows.datasets import split_dataset
 
-    values = {"validation": validation, "test": test, "label": label, "seed": seed}
+    values = {"validation": validation, "test": test, "label": label, "seed": seed, "column": column}
     config = validated(SplitConfig, "split", **values, near_duplicate_similarity=near or None)
     made = split_dataset(open_store(), dataset, config)
     if as_json:

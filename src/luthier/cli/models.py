@@ -142,8 +142,10 @@ def _show_tuned(model: TunedModel, *, as_json: bool) -> None:
         ("code", model.code_version),
         ("made", moment(model.created_at)),
     ]
-    rows += [(name, value) for name, value in model.hyperparameters.model_dump().items()]
-    rows += [(name, value) for name, value in model.training.model_dump().items()]
+    rows += [(name, value) for name, value in model.hyperparameters.model_dump(exclude_defaults=True).items()]
+    rows += [(name, value) for name, value in model.training.model_dump().items() if not isinstance(value, dict)]
+    for side, metrics in (("validation", model.training.valid_metrics), ("test", model.training.test_metrics)):
+        rows += [(f"{side} {name.replace('_', ' ')}", f"{value:.4g}") for name, value in metrics.items()]
     show_table(model.name, ("what", "value"), rows)
     if model.parity:
         show_parity(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from luthier.errors import InputError
 from luthier.ingest.formats import detect_format
+from luthier.ingest.given_splits import given_splits
 from luthier.ingest.importing import import_examples
 from luthier.ingest.splitting import assign_splits
 from luthier.records.dataset import DatasetVersion, SourceKind, SplitConfig, SplitReport
@@ -59,7 +60,8 @@ def split_dataset(store: Store, reference: str, config: SplitConfig) -> DatasetV
         InputError: the label field is unknown, or there are too few examples.
     """
     dataset = store.datasets.get(reference)
-    sides, report = assign_splits(store.datasets.examples(dataset), config)
+    examples = store.datasets.examples(dataset)
+    sides, report = given_splits(list(examples), config) if config.column else assign_splits(examples, config)
 
     def fill(write: Callable[[Example], None]) -> SplitReport:
         for example in store.datasets.with_splits(dataset, sides):

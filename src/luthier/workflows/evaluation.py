@@ -126,6 +126,11 @@ def execute(context: RunContext) -> dict[str, Any]:
 
 def _prepare(store: Store, request: EvaluateRequest) -> _Contest:
     tuned = store.models.get(request.model) if request.model else None
+    if tuned and tuned.product != "generator":
+        raise InputError(
+            f"{tuned.name} is a {tuned.product}: it writes no answers that could be compared.",
+            hint=f"its measures on the test side are in: luthier model show {tuned.name}",
+        )
     base = tuned.base if tuned else request.base
     reference = request.dataset or (tuned.dataset if tuned else None)
     if base is None or reference is None:

@@ -112,7 +112,7 @@ def served_folder(store: Store, name: str) -> Path:
     if name.startswith("ft:"):
         model = store.models.get(name)
         if SERVED_FORM not in model.artifacts:
-            raise InputError(f"The model {name!r} has no form to serve: it has {', '.join(model.artifacts) or 'none'}.")
+            raise InputError(f"The model {model.name!r} is a {model.product} and writes no answers: it is not served.")
         return store.models.artifact_folder(model.artifacts[SERVED_FORM])
     info = decoder(store, name)
     folder = _base_gguf_folder(store, info)

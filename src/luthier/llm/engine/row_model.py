@@ -79,7 +79,8 @@ class RowModel:
     def row_outputs(self, row: Row) -> torch.Tensor:
         """Return the outputs of the score head at each example's last token, (N, outputs), in float32."""
         hidden_NE = self.hidden(row).index_select(0, torch.tensor(row.ends, device=self.device))
-        return self._inner.score(hidden_NE.float())
+        score = self._inner.score
+        return score(hidden_NE.to(next(score.parameters()).dtype)).float()
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

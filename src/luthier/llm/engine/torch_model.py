@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging as transformers_logging
 
 from luthier.errors import InputError
+from luthier.llm.base_config import ENCODER_TYPES
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.records.base_model import Machine
 
 Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BFLOAT16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-ENCODERS = frozenset({"bert", "roberta", "distilbert", "electra", "mpnet", "modernbert", "deberta-v2"})
+HEADS = frozenset({"score", "classifier", "pre_classifier", "pooler", "head"})
 PROBE_SIZE = 1024
 PROBE_RUNS = 5
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -93,7 +94,7 @@ def load_base(folder: Path, precision: Precision, *, kind: Any = AutoModelForCau
     model = kind.from_pretrained(
         folder,
         dtype=DTYPES[precision],
-        attn_implementation="sdpa" if is_encoder(folder) else ATTENTION_NAME,
+        attn_implementation=None if is_encoder(folder) else ATTENTION_NAME,  # some encoders know no sdpa
         use_safetensors=True,
         local_files_only=True,
         **options,
@@ -104,11 +105,20 @@ def load_base(folder: Path, precision: Precision, *, kind: Any = AutoModelForCau
 
 def is_encoder(folder: Path) -> bool:
     """Return whether a base reads text in both directions, so that it can label but not write."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True).model_type in ENCODERS
+    return AutoConfig.from_pretrained(folder, local_files_only=True).model_type in ENCODER_TYPES
+
+
+def heads(model: Any) -> list[tuple[str, torch.nn.Module]]:
+    """Return what stands behind the layers of a classifier or scorer, by name; nothing for a model that writes.
+
+    A base that was made for another purpose lacks some of it, which then starts at random.
+    """
+    owners = (model, getattr(model, model.base_model_prefix))
+    return [(name, child) for owner in owners for name, child in owner.named_children() if name in HEADS]
 
 
 def load_with_adapter(base_folder: Path, adapter_folder: Path, precision: Precision) -> Any:
-    """Load a base and an adapter on it, for scoring. The adapter keeps its own precision.
+    """Load a base and an adapter on it, for scoring. The adapter and the head keep their own precision.
 
     An adapter of a classifier or scorer brings its classes in a ``config.json`` of its own.
     """
@@ -117,6 +127,8 @@ def load_with_adapter(base_folder: Path, adapter_folder: Path, precision: Precis
     if (adapter_folder / "config.json").is_file():
         config = AutoConfig.from_pretrained(adapter_folder, local_files_only=True)
         base = load_base(base_folder, precision, kind=AutoModelForSequenceClassification, config=config)
+        for _, head in heads(base):
+            head.float()
     else:
         base = load_base(base_folder, precision)
     return PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=False).eval()

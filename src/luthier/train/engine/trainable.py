@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 from luthier.errors import InputError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.quantised import quantise_model
 from luthier.llm.engine.row_model import RowModel
-from luthier.llm.engine.torch_model import DTYPES, is_encoder, load_base
+from luthier.llm.engine.torch_model import DTYPES, heads, is_encoder, load_base
 from luthier.records.objectives import product
 from luthier.records.training import Resolved
-
-HEADS = ("score", "classifier")
 
 
 def load_trainable(
@@ -41,6 +40,7 @@ def load_trainable(
         _train_last_layers(model, resolved.last_layers)
     else:
         model.requires_grad_(True)
+    model.eval()  # PEFT's new dropouts are not, and what a preference is measured against must not be noisy
     dtype = DTYPES[resolved.precision]
     if is_encoder(base_folder):
         return EncoderModel(model, dtype, recompute=resolved.recompute)
@@ -63,9 +63,8 @@ def _load(base_folder: Path, resolved: Resolved, labels: tuple[str, ...]) -> Any
         label2id={name: index for index, name in names.items()},
         problem_type="single_label_classification" if labels else "regression",
     )
-    for name in HEADS:
-        if hasattr(model, name):
-            getattr(model, name).float()
+    for _, head in heads(model):
+        head.float()
     return model
 
 
@@ -80,6 +79,7 @@ def _with_adapter(model: Any, resolved: Resolved, start_adapter: Path | None) ->
             use_rslora=resolved.mode == "rslora",
             use_dora=resolved.mode == "dora",
             target_modules="all-linear",
+            modules_to_save=[name for name, _ in heads(model)] or None,  # whole: they may start at random
             task_type="CAUSAL_LM" if product(resolved.method) == "generator" else "SEQ_CLS",
         )
         adapted = get_peft_model(model, config)  # PEFT keeps the adapter in float32 over a bfloat16 base
@@ -90,23 +90,39 @@ def _with_adapter(model: Any, resolved: Resolved, start_adapter: Path | None) ->
 
 
 def _resume_adapter(model: Any, folder: Path) -> Any:
+    hint = "continue from an adapter that was trained on the same base model with the same method"
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (RuntimeError, ValueError, OSError) as error:
+        message = str(error).strip().splitlines()[0]
+        raise InputError(f"The adapter in {folder.name} does not fit this base: {message}", hint=hint) from error
+    # PEFT is silent about layers that the adapter lacks, and about those that only the adapter has.
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        different = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+    if different:
         raise InputError(
-            f"The adapter in {folder.name} does not fit this base: {str(error).splitlines()[0]}",
-            hint="continue from an adapter that was trained on the same base model",
-        ) from error
+            f"The adapter in {folder.name} does not fit this base: {len(different):,} of their tensors have no "
+            f"counterpart, such as {min(different)}.",
+            hint=hint,
+        )
+    return adapted
 
 
 def _train_last_layers(model: Any, count: int) -> None:
     """Train the last layers, what comes behind them, and the head; embeddings stay (so does a head tied to them)."""
     model.requires_grad_(False)
     backbone = getattr(model, model.base_model_prefix)
-    layers = getattr(backbone, "layers", None) or backbone.encoder.layer
-    for layer in layers[-count:]:
-        layer.requires_grad_(True)
-    for owner, name in ((backbone, "norm"), (backbone, "pooler"), *((model, head) for head in HEADS)):
-        module = getattr(owner, name, None)
-        if module is not None:
-            module.requires_grad_(True)
+    norms = [module for name, module in backbone.named_children() if name in ("norm", "final_norm")]
+    behind = [module for module in model.children() if module is not backbone]
+    for module in (*_layers(backbone)[-count:], *norms, *behind, *(head for _, head in heads(model))):
+        module.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(False)
+
+
+def _layers(backbone: Any) -> Any:
+    """Return the numbered layers of a decoder or encoder."""
+    for stack in (backbone, getattr(backbone, "encoder", None), getattr(backbone, "transformer", None)):
+        for name in ("layers", "layer"):
+            if isinstance(getattr(stack, name, None), torch.nn.ModuleList):
+                return getattr(stack, name)
+    raise InputError(f"Mode last_layers does not know the layers of {type(backbone).__name__}.", hint="use mode lora")

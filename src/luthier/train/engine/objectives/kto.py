@@ -12,7 +12,7 @@ from luthier.llm.engine.row_model import RowModel
 from luthier.llm.rows import pack
 from luthier.records.objectives import KtoOptions
 from luthier.templates.renderer import TokenizedExample
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss, sum_by_owner
+from luthier.train.engine.objectives.objective import OnProgress, PartLoss, sum_by_owner, total_weight
 from luthier.train.engine.objectives.reference import load_or_compute, summed_logprobs
 
 
@@ -47,7 +47,7 @@ class Kto:
     def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> Iterator[PartLoss]:
         """Yield one part per row, after a pass without gradient over the mismatched answers."""
         drift = self._drift(units)
-        total_weight = sum(unit.weight for unit in units)
+        total = total_weight(unit.weight for unit in units)
         for row in pack(units, 0, self.tokens_per_row):
             members = [units[index] for index in row.examples]
             sums_N = sum_by_owner(self.model.targets(row).logprobs_M, row.owners, len(members))
@@ -59,7 +59,7 @@ class Kto:
             weights_N = torch.where(liked_N, self.options.desirable_weight, self.options.undesirable_weight)
             weights_N = weights_N * torch.tensor([unit.weight for unit in members], device=device)
             scaled_N = self.options.beta * rewards_N.detach()
-            yield PartLoss((losses_N * weights_N).sum() / total_weight, _sums(scaled_N, liked_N, drift))
+            yield PartLoss((losses_N * weights_N).sum() / total, _sums(scaled_N, liked_N, drift))
 
     def _drift(self, units: Sequence[TokenizedExample]) -> float:
         others = [self._others[unit.example_id] for unit in units]

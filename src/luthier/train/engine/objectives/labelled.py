@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.templates.renderer import TokenizedExample
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss
+from luthier.train.engine.objectives.objective import OnProgress, PartLoss, total_weight
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Labelled:
 
     def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> Iterator[PartLoss]:
         """Yield one part per batch of similar lengths (encoders) or row (decoders)."""
-        total_weight = sum(unit.weight for unit in units)
+        total = total_weight(unit.weight for unit in units)
         for indices, outputs_NC in self.model.outputs(units, self.tokens_per_row):
             labels_N = torch.tensor([units[index].label for index in indices], device=outputs_NC.device)
             weights_N = torch.tensor([units[index].weight for index in indices], device=outputs_NC.device)
@@ -42,4 +42,4 @@ class Labelled:
                 errors_N = outputs_NC[:, 0] - labels_N
                 losses_N = errors_N.square()
                 sums = {"mean_absolute_error": (float(errors_N.detach().abs().sum()), float(len(indices)))}
-            yield PartLoss((losses_N * weights_N).sum() / total_weight, sums)
+            yield PartLoss((losses_N * weights_N).sum() / total, sums)

@@ -7,7 +7,7 @@ of the whole batch, however it was cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -45,6 +45,11 @@ def tokens_of(unit: Unit) -> int:
     if isinstance(unit, TokenizedPair):
         return len(unit.chosen.tokens) + len(unit.rejected.tokens)
     return len(unit.tokens)
+
+
+def total_weight(weights: Iterable[float]) -> float:
+    """Return what a batch's weighted sum is divided by: the sum of the weights, or 1 where all of them are 0."""
+    return sum(weights) or 1.0
 
 
 def sum_by_owner(values_M: torch.Tensor, owners: Sequence[int], examples: int) -> torch.Tensor:

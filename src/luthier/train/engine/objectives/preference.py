@@ -13,8 +13,10 @@ from luthier.llm.engine.row_model import RowModel
 from luthier.llm.rows import Row, pack_groups
 from luthier.records.objectives import DpoOptions, OrpoOptions, RewardOptions
 from luthier.templates.renderer import TokenizedExample, TokenizedPair
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss, sum_by_owner
+from luthier.train.engine.objectives.objective import OnProgress, PartLoss, sum_by_owner, total_weight
 from luthier.train.engine.objectives.reference import load_or_compute
+
+CERTAIN = 1e-7  # an answer whose tokens are likelier than exp of minus this has finite odds all the same
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,13 @@ class Dpo:
 
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:
         """Yield one part per row of pairs."""
-        total_weight = sum(unit.weight for unit in units)
+        total = total_weight(unit.weight for unit in units)
         for part in _rows(units, self.tokens_per_row):
             chosen_P, rejected_P = _summed(self.model, part.row)
             chosen_P = chosen_P - self._of(units, part, "chosen", chosen_P.device)
             rejected_P = rejected_P - self._of(units, part, "rejected", rejected_P.device)
             losses_P = self._losses(chosen_P, rejected_P, part.row)
-            loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total_weight
+            loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total
             yield PartLoss(loss, _reward_sums(self.options.beta * chosen_P, self.options.beta * rejected_P))
 
     def _losses(self, chosen_P: torch.Tensor, rejected_P: torch.Tensor, row: Row) -> torch.Tensor:
@@ -130,8 +132,8 @@ class Orpo:
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:
         """Yield one part per row of pairs."""
         learned = [self._with_prompt(unit) for unit in units] if self.options.learn_prompt else list(units)
-        chosen_tokens = sum(sum(unit.chosen.loss_mask[1:]) * unit.weight for unit in learned)
-        total_weight = sum(unit.weight for unit in units)
+        chosen_tokens = total_weight(sum(unit.chosen.loss_mask[1:]) * unit.weight for unit in learned)
+        total = total_weight(unit.weight for unit in units)
         for part in _rows(learned, self.tokens_per_row):
             found = self.model.targets(part.row)
             device = found.logprobs_M.device
@@ -140,10 +142,10 @@ class Orpo:
             chosen_P = sum_by_owner(found.logprobs_M, part.row.owners, len(part.row.examples))[::2]
             means_N = sum_by_owner(found.logprobs_M * answers_M, part.row.owners, len(part.row.examples))
             means_N = means_N / sum_by_owner(answers_M, part.row.owners, len(part.row.examples))
-            odds_N = means_N - torch.log1p(-means_N.exp().clamp(max=1 - 1e-7))
+            odds_N = log_odds(means_N)
             ratio_P = logsigmoid(odds_N[::2] - odds_N[1::2])
             loss = -(weights_P * chosen_P).sum() / chosen_tokens
-            loss = loss - self.options.beta * (weights_P * ratio_P).sum() / total_weight
+            loss = loss - self.options.beta * (weights_P * ratio_P).sum() / total
             yield PartLoss(loss, _reward_sums(self.options.beta * means_N[::2], self.options.beta * means_N[1::2]))
 
     def _with_prompt(self, unit: TokenizedPair) -> TokenizedPair:
@@ -164,6 +166,11 @@ class Orpo:
         return torch.tensor(found, device=device)
 
 
+def log_odds(logprobs_N: torch.Tensor) -> torch.Tensor:
+    """Return log(p / (1 - p)) from log p, without losing the digits of 1 - p where p is near 1."""
+    return logprobs_N - torch.log(-torch.expm1(logprobs_N.clamp(max=-CERTAIN)))
+
+
 @dataclass
 class Reward:
     """A reward model: -log sigmoid(score(chosen) - score(rejected) - margin), after Bradley and Terry (1952).
@@ -181,12 +188,12 @@ class Reward:
 
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:
         """Yield one part per row of pairs."""
-        total_weight = sum(unit.weight for unit in units)
+        total = total_weight(unit.weight for unit in units)
         for part in _rows(units, self.tokens_per_row):
             scores_N = self.model.row_outputs(part.row)[:, 0]
             chosen_P, rejected_P = scores_N[::2], scores_N[1::2]
             margins_P = torch.tensor([units[index].margin for index in part.pairs], device=scores_N.device)
             losses_P = -logsigmoid(chosen_P - rejected_P - margins_P)
             losses_P = losses_P + self.options.centre * (chosen_P + rejected_P).square()
-            loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total_weight
+            loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total
             yield PartLoss(loss, _reward_sums(chosen_P, rejected_P))

@@ -13,7 +13,7 @@ from luthier.llm.rows import Row, pack
 from luthier.records.objectives import SupervisedOptions
 from luthier.templates.renderer import TokenizedExample
 from luthier.train.engine.noise import example_lengths, neftune
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss
+from luthier.train.engine.objectives.objective import OnProgress, PartLoss, total_weight
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Supervised:
     def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> Iterator[PartLoss]:
         """Yield one part per row."""
         rows = pack(units, self.prefix, self.tokens_per_row)
-        total_weight = sum(sum(row.weights) for row in rows)
+        total = total_weight(weight for row in rows for weight in row.weights)
         noise = self._noise if training and self.options.neftune_alpha else None
         smoothing = self.options.label_smoothing if training else 0.0
         for row in rows:
@@ -46,7 +46,7 @@ class Supervised:
             found = self.model.targets(row, smoothing, noise)
             weights_M = torch.tensor(row.weights, device=found.logprobs_M.device)
             right = int((found.chosen_M.cpu() == torch.tensor([token for _, token in row.targets])).sum())
-            loss = -(found.logprobs_M * weights_M).sum() / total_weight
+            loss = -(found.logprobs_M * weights_M).sum() / total
             yield PartLoss(loss, {"token_accuracy": (right, len(row.targets))})
 
     def _noise(self, embedded_TE: torch.Tensor, row: Row) -> torch.Tensor:
