@@ -12,7 +12,7 @@ CANDIDATES = {
           "packed-512", "packed-1024", "padded-4+sorted+eager", "padded-4+sorted+compile",
           "padded-4+sorted+other_precision", "padded-4+sorted+compact"],
     "B": ["padded-1", "padded-2+sorted", "padded-4", "padded-4+sorted", "padded-8", "free-4", "free-8", "packed-1024",
-          "packed-2048", "padded-2+sorted+other_precision", "padded-2+sorted+compact"],
+          "packed-2048", "padded-1+other_precision", "padded-1+compact"],
     "C": ["padded-1", "padded-2", "padded-4", "free-4", "packed-1024", "padded-1+other_precision"],
     "dpo": ["padded-1", "padded-2+sorted", "padded-4", "padded-1+precompute", "padded-1+other_precision",
             "padded-1+compact"],
@@ -20,4 +20,4 @@ CANDIDATES = {
 # fmt: on
 # Timed on two cores of an AMD EPYC without bfloat16: small forward passes win, since on a CPU TRL 1.16 multiplies the
 # vocabulary at every position, padding or not, and holds all the results.
-BEST = {"A": "padded-4+sorted", "B": "padded-2+sorted", "C": "padded-1", "dpo": "padded-1"}
+BEST = {"A": "padded-4+sorted", "B": "padded-1", "C": "padded-1", "dpo": "padded-1"}

@@ -2,7 +2,7 @@
 
 TRL's trainers are really made: they tokenise the data, collate a batch, and compute its loss on a padded model of their
 own with the same weights. Our units are made of their tokens, and go through the model packed into rows. What TRL does
-otherwise is said where it is.
+otherwise is said where it is. It takes seconds to import, so only the tests that need it do.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from luthier.train.engine.objectives.supervised import Supervised
 TOLERANCE = 1e-5
 WIDE, NARROW = 4096, 8  # tokens per row: the whole batch in one, or each unit in a row of its own
 
-# TRL is a dependency of the tests; it takes seconds to import, so only the tests that need it pay.
-
 PAIRS = [
     ("Say hello to the world.", " hello world", " no"),
     ("How are you today?", " Thank you very much, I am well today!", " maybe"),
@@ -40,7 +38,6 @@ PAIRS = [
     ("Classify the message.", " positive", " negative or neutral, 1 2 3 4 5"),
     ("Build an instrument.", " A luthier builds and tunes instruments.", " good morning"),
 ]
-LoadedModel = Callable[..., Any]
 Outcome = tuple[float, dict[str, torch.Tensor]]
 
 
@@ -231,8 +228,8 @@ def test_dpo_is_that_of_trl(
 ) -> None:
     """The reference is the model as it was before its first step, here an adapter that is trained already.
 
-    TRL's sigmoid loss a knows no smoothing any more. Its robust one is r = ((1 - e) a - e b) / (1 - 2 e) with b the loss
-    of the pair turned round, so conservative DPO, (1 - e) a + e b, is 2 (1 - e) a - (1 - 2 e) r.
+    TRL's sigmoid loss a knows no smoothing any more. Its robust one is r = ((1 - e) a - e b) / (1 - 2 e) with b the
+    loss of the pair turned round, so conservative DPO, (1 - e) a + e b, is 2 (1 - e) a - (1 - 2 e) r.
     """
     trainer = dpo_trainer(tiny_base, tmp_path, full, beta=options.beta, **theirs_loss)
     rows, model = list(trainer.train_dataset), our_model(tiny_base, full=full)
@@ -296,7 +293,11 @@ def kto_trainer(tiny_base: Path, folder: Path, full: bool) -> Any:
     from trl import KTOConfig, KTOTrainer
 
     rows = [
-        {"prompt": row["prompt"], "completion": row["chosen" if index % 2 == 0 else "rejected"], "label": index % 2 == 0}
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen" if index % 2 == 0 else "rejected"],
+            "label": index % 2 == 0,
+        }
         for index, row in enumerate(pair_rows())
     ]
     return KTOTrainer(

@@ -8,7 +8,7 @@ from luthier.errors import CapacityError, InputError
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.training import TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample
-from luthier.train.plan import plan_training
+from luthier.train.plan import Material, plan_training
 
 SHAPE = ModelShape(
     layers=30,
@@ -30,7 +30,7 @@ def examples(count: int, length: int = 40) -> list[TokenizedExample]:
 
 def make_plan(count: int, machine: Machine = MACHINE, shape: ModelShape = SHAPE, **options: object) -> TrainingPlan:
     config = TrainingConfig.model_validate(options)
-    return plan_training(examples(count), examples(5), RenderReport(), config, shape, machine)
+    return plan_training(Material(examples(count), examples(5), RenderReport()), config, shape, machine)
 
 
 def test_every_derived_value_has_a_reason() -> None:

@@ -1,4 +1,4 @@
-"""Sides that a dataset brings along in a column, as published ones do; validation is taken from train where it lacks."""
+"""Sides that a dataset brings along in a column, as published ones do; validation comes out of train if it lacks."""
 
 from __future__ import annotations
 

@@ -80,12 +80,6 @@ def pack_groups(
     return [_row(examples, [(groups[place], prefixes[place]) for place in places]) for places in bins]
 
 
-def computed_tokens(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int, batch_size: int) -> int:
-    """Return how many tokens go through the model for these examples, packed batch by batch."""
-    batches = (examples[first : first + batch_size] for first in range(0, len(examples), batch_size))
-    return sum(len(row.tokens) for batch in batches for row in pack(batch, prefix, tokens_per_row))
-
-
 def _tokens_before_loss(example: TokenizedExample) -> int:
     last = len(example.tokens) - 1
     return min(last, example.loss_mask.index(True) - 1) if True in example.loss_mask else last

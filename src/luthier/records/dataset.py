@@ -44,8 +44,8 @@ class SplitConfig(Record):
 
     Shares are of all examples; what remains is train. With ``label`` the shares hold for every value of that
     field. Exact and near duplicates (estimated Jaccard similarity of word shingles at or above
-    ``near_duplicate_similarity``; None looks only for exact ones) stay on one side. A ``column`` names a field that says
-    the side of each example; it is followed as it is.
+    ``near_duplicate_similarity``; None looks only for exact ones) stay on one side. A ``column`` names a field that
+    says the side of each example; it is followed as it is.
     """
 
     validation: float = Field(0.1, ge=0, lt=1)

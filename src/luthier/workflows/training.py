@@ -30,6 +30,8 @@ from luthier.workflows.parity import MAX_ANSWER_TOKENS, measure_parity
 __all__ = ["TrainRequest", "code_version", "execute", "finished_result", "plan", "train_model"]
 
 EVENT_SECONDS = 0.5
+SHORT_SECONDS = 60.0  # a run that is shorter, and that surely fits, starts without steps being measured first
+SURE_SHARE = 0.5
 PLAN_FILE = "plan.json"
 
 
@@ -116,7 +118,8 @@ def _planned(context: RunContext, prepared: Prepared) -> TrainingPlan:
     if path.is_file():
         return TrainingPlan.model_validate_json(path.read_text("utf-8"))
     made = prepared.plan(measure_machine())
-    made = measured_plan(_job(prepared, made, context.folder), lambda text: context.say(text))
+    if made.seconds > SHORT_SECONDS or made.memory_bytes > SURE_SHARE * made.machine_memory_bytes:
+        made = measured_plan(_job(prepared, made, context.folder), lambda text: context.say(text))
     path.write_text(made.model_dump_json(), "utf-8")
     return made
 

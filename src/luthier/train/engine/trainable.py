@@ -93,6 +93,8 @@ def _resume_adapter(model: Any, folder: Path) -> Any:
     hint = "continue from an adapter that was trained on the same base model with the same method"
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        # The name that is stored there is ours: PEFT would look for it in the hub whenever it saves.
+        adapted.peft_config["default"].base_model_name_or_path = model.name_or_path
     except (RuntimeError, ValueError, OSError) as error:
         message = str(error).strip().splitlines()[0]
         raise InputError(f"The adapter in {folder.name} does not fit this base: {message}", hint=hint) from error

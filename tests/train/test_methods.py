@@ -1,0 +1,242 @@
+"""Every method learns a rule, and goes on after a stop as if nothing had happened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from luthier.errors import InputError, RunStopped
+from luthier.records.base_model import Machine
+from luthier.records.objectives import PAIRED
+from luthier.records.training import StepMetrics, TrainingConfig, TrainingResult
+from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
+from luthier.train.engine.loop import TrainingJob, best_adapter, train
+from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
+from luthier.train.plan import Material, plan_training
+from luthier.workflows.models import shape
+
+MACHINE = Machine(cores=2, memory_bytes=24 * 10**9, has_fast_bfloat16=False, matmul_flops=1e11)
+ASKED, ANSWER = 50, 60  # a question is one of two tokens, and so is its answer
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {},
+    "raw_text": {"method": "raw_text"},
+    "dpo": {"method": "dpo", "dpo": {"beta": 0.5}},
+    "ipo": {"method": "dpo", "dpo": {"beta": 0.5, "loss": "ipo"}},
+    "orpo": {"method": "orpo", "orpo": {"beta": 0.5}},
+    "kto": {"method": "kto", "kto": {"beta": 0.5}},
+    "reward": {"method": "reward", "reward": {"centre": 0.01}},
+    "classification": {"method": "classification"},
+    "regression": {"method": "regression"},
+}
+LABELLED = ("classification", "regression")
+
+
+def unit(index: int, method: str) -> TokenizedExample | TokenizedPair:
+    """Return a unit of which the last token, the preference, the thumb or the label follows from the question."""
+    odd = index % 2
+    prompt = [5, 6, 7, 8, *[20 + index % 7] * (1 + index % 5), ASKED + odd]
+    if method in LABELLED:
+        return TokenizedExample(str(index), prompt, [False] * len(prompt), label=float(odd))
+    sides = [
+        TokenizedExample(str(index), [*prompt, answer], [method == "raw_text"] * len(prompt) + [True])
+        for answer in (ANSWER + odd, ANSWER + 1 - odd)
+    ]
+    if method in PAIRED:
+        return TokenizedPair(str(index), *sides)
+    liked = index // 2 % 2 == 0
+    return replace(sides[0 if liked or method != "kto" else 1], label=float(liked))
+
+
+def units(count: int, method: str, first: int = 0) -> list[Any]:
+    return [unit(first + index, method) for index in range(count)]
+
+
+def make_job(base: Path, folder: Path, **options: Any) -> TrainingJob:
+    defaults = {"epochs": 6, "batch_size": 8, "lora_rank": 4, "precision": "float32", "learning_rate": 1e-2}
+    config = TrainingConfig.model_validate(defaults | options)
+    examples, validation = units(32, config.method), units(8, config.method, first=40)
+    plan = plan_training(Material(examples, validation, RenderReport()), config, shape(base, 200_000), MACHINE)
+    labels = ("even", "odd") if config.method == "classification" else ()
+    return TrainingJob(plan, examples, validation, base, "tiny", folder, labels=labels)
+
+
+def run(job: TrainingJob, stop_at: int | None = None) -> tuple[list[StepMetrics], list[Note], TrainingResult | None]:
+    seen: list[StepMetrics] = []
+    notes: list[Note] = []
+
+    def stop() -> None:
+        if stop_at and len(seen) == stop_at:
+            raise RunStopped("asked to")
+
+    try:
+        return seen, notes, train(job, seen.append, stop, notes.append)
+    except RunStopped:
+        return seen, notes, None
+
+
+def saved(job: TrainingJob) -> dict[str, torch.Tensor]:
+    (path,) = best_adapter(job).glob("*.safetensors")
+    return dict(load_file(path))
+
+
+CASES = [pytest.param("tiny_base", method, id=method) for method in METHODS] + [
+    pytest.param("tiny_encoder", method, id=f"encoder-{method}") for method in LABELLED
+]
+
+
+@pytest.mark.parametrize(("base", "method"), CASES)
+def test_a_method_learns_a_rule(base: str, method: str, request: Any, tmp_path: Path) -> None:
+    longer = {"epochs": 12, "learning_rate": 3e-2} if base == "tiny_encoder" else {}
+    options = METHODS[method] | longer
+    seen, notes, result = run(make_job(request.getfixturevalue(base), tmp_path, validations=6, **options))
+    valid = [metrics for metrics in seen if metrics.valid_loss is not None]
+    assert result is not None
+    assert result.best_valid_loss is not None
+    assert result.best_valid_loss < 0.5 * (valid[0].valid_loss or 0)
+    accuracy = {"reward_accuracy", "thumb_accuracy", "token_accuracy", "accuracy"} & set(result.valid_metrics)
+    assert method == "regression" or [result.valid_metrics[name] for name in accuracy] == [
+        pytest.approx(1.0, abs=0.7 if method == "raw_text" else 0.01)
+    ]
+    prepared = [note.share for note in notes if isinstance(note, PreparationNote)]
+    assert (prepared[-1:] == [1.0]) == (method in ("dpo", "ipo", "kto"))
+
+
+RANDOM = {"supervised": {"neftune_alpha": 5.0}, "lora_dropout": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        *(pytest.param("tiny_base", options, id=method) for method, options in METHODS.items()),
+        *(pytest.param("tiny_encoder", METHODS[method], id=f"encoder-{method}") for method in LABELLED),
+        pytest.param("tiny_base", {"optimizer": "adamw_8bit", "lora_rank": 64}, id="adamw_8bit"),
+        pytest.param("tiny_base", {"optimizer": "adamw_8bit", "mode": "full"}, id="adamw_8bit-full"),
+        pytest.param("tiny_base", RANDOM, id="neftune-dropout"),
+        pytest.param("tiny_base", METHODS["kto"] | {"lora_dropout": 0.2}, id="kto-dropout"),
+        pytest.param("tiny_base", {"mode": "last_layers", "last_layers": 1}, id="last_layers"),
+        pytest.param("tiny_base", {"mode": "qlora"}, id="qlora"),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_very_same_numbers(
+    base: str, options: dict[str, Any], request: Any, tmp_path: Path
+) -> None:
+    options = {"epochs": 1, "batch_size": 4, "learning_rate": 3e-3} | options
+    folder = request.getfixturevalue(base)
+    whole, parts = (make_job(folder, tmp_path / name, **options) for name in ("whole", "parts"))
+    steps = run(whole)[0]
+    run(parts, stop_at=3)
+    rest = run(parts)[0]
+    assert [metrics.step for metrics in rest] == [4, 5, 6, 7, 8]
+    assert [told(metrics) for metrics in rest] == [told(metrics) for metrics in steps[3:]]
+    assert saved(whole).keys() == saved(parts).keys()
+    assert all(torch.equal(tensor, saved(parts)[name]) for name, tensor in saved(whole).items())
+
+
+def told(metrics: StepMetrics) -> tuple[Any, ...]:
+    return metrics.train_loss, metrics.gradient_norm, metrics.train_metrics, metrics.valid_loss, metrics.valid_metrics
+
+
+# What a run says, and when it ends
+
+
+def test_training_stops_early_and_says_why(tiny_base: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_base, tmp_path, epochs=10, validations=20, early_stopping=2)
+    turned = [replace(unit, tokens=[*unit.tokens[:-1], ANSWER + 2]) for unit in job.validation]
+    seen, _, result = run(replace(job, validation=turned))
+    assert result is not None
+    assert result.stopped_early is not None
+    assert "has not improved" in result.stopped_early
+    assert f"at step {result.best_step}" in result.stopped_early
+    assert result.steps == seen[-1].step < job.plan.steps
+    assert [metrics.step for metrics in run(replace(job, validation=turned))[0]] == []
+
+
+def test_an_absurd_learning_rate_is_warned_of(tiny_base: Path, tmp_path: Path) -> None:
+    _, notes, _ = run(
+        make_job(tiny_base, tmp_path, epochs=10, learning_rate=30.0, schedule="constant", warmup_share=0.5)
+    )
+    warned = [note.warning for note in notes if isinstance(note, WarningNote)]
+    assert warned
+    assert all("learning_rate_multiplier" in warning.hint for warning in warned)
+
+
+def test_samples_are_answered_at_each_validation(tiny_base: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_base, tmp_path, validations=2)
+    prompts = tuple(tuple(unit.tokens[:-1]) for unit in job.validation[:3])
+    _, notes, _ = run(replace(job, sample_prompts=prompts, sample_tokens=4, stop_tokens=frozenset({ANSWER})))
+    samples = [note for note in notes if isinstance(note, SampleNote)]
+    assert [note.step for note in samples] == [12, 24]
+    assert samples[-1].answers[0] == samples[-1].answers[2] == []  # the answer is the token that ends it
+    assert samples[-1].answers[1][0] == ANSWER + 1
+    assert 1 <= len(samples[-1].answers[1]) <= 4
+
+
+def test_samples_are_those_that_transformers_would_write(tiny_base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    job = make_job(tiny_base, tmp_path, epochs=1, validations=1)
+    prompts = tuple(tuple(unit.tokens[:-1]) for unit in job.validation[:3])
+    _, notes, _ = run(replace(job, sample_prompts=prompts, sample_tokens=6))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), str(best_adapter(job)))
+    for prompt, answer in zip(
+        prompts, next(note.answers for note in notes if isinstance(note, SampleNote)), strict=True
+    ):
+        written = model.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
+        )
+        assert written[0, len(prompt) :].tolist() == answer
+
+
+# Going on from an adapter
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo", "reward", "classification"])
+def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    options = {"epochs": 1, "batch_size": 32, **METHODS[method]}
+    first = make_job(tiny_base, tmp_path / "first", **options | {"epochs": 3})
+    held_out = run(first)[2]
+    second = replace(make_job(tiny_base, tmp_path / "second", **options), start_adapter=best_adapter(first))
+    again = replace(second, examples=second.validation * 4, folder=tmp_path / "again")
+    assert held_out is not None
+    loss = run(again)[0][0].train_loss
+    # A preference is measured against the model that it starts from: nothing has moved yet.
+    assert loss == pytest.approx(0.6931472 if method == "dpo" else held_out.best_valid_loss, rel=1e-5)
+    assert sorted(saved(again)) == sorted(saved(first))
+
+
+def test_dropout_does_not_blur_what_a_preference_is_measured_against(tiny_base: Path, tmp_path: Path) -> None:
+    options = {**METHODS["dpo"], "lora_dropout": 0.5, "epochs": 0.25}
+    first = make_job(tiny_base, tmp_path / "first", **options | {"learning_rate": 0.1})
+    run(first)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for seed, folder in enumerate(folders):
+        run(replace(make_job(tiny_base, folder, seed=seed, **options), start_adapter=best_adapter(first)))
+    one, two = (load_file(folder / "reference.safetensors")["logprobs"] for folder in folders)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 32}, {"num_hidden_layers": 3}])
+def test_an_adapter_of_another_base_is_refused(tiny_base: Path, tmp_path: Path, change: dict[str, int]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    other = tmp_path / "other"
+    config = AutoConfig.from_pretrained(tiny_base, **change)
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    first = make_job(other, tmp_path / "first", epochs=1)
+    run(first)
+    with pytest.raises(InputError, match="does not fit this base") as refused:
+        run(replace(make_job(tiny_base, tmp_path / "second"), start_adapter=best_adapter(first)))
+    assert "same base model" in (refused.value.hint or "")
+
+
+def test_an_adapter_of_another_method_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    first = make_job(tiny_base, tmp_path / "first", epochs=1, method="classification")
+    run(first)
+    with pytest.raises(InputError, match="does not fit this base"):
+        run(replace(make_job(tiny_base, tmp_path / "second"), start_adapter=best_adapter(first)))

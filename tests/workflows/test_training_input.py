@@ -1,0 +1,149 @@
+"""What cannot be trained is refused before training starts, with the thing, the value and the rule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import ConflictError, InputError, LuthierError, MissingDependencyError, RunStopped
+from luthier.records.dataset import SplitConfig
+from luthier.records.template import Template
+from luthier.records.training import TrainingConfig
+from luthier.store.store import Store
+from luthier.workflows.datasets import import_dataset, split_dataset
+from luthier.workflows.models import pull
+from luthier.workflows.templates import save_template
+from luthier.workflows.training import TrainRequest, plan
+
+Rows = list[dict[str, Any]]
+TEXTS = ("I lost a card", "where is my order", "the fox ran home", "a dog in the morning", "one message", "two tweets")
+
+
+def rows(count: int = 24, **more: Callable[[int], Any]) -> Rows:
+    return [
+        {
+            "text": f"{TEXTS[i % 6]} number {i}",
+            "label": "yes" if i % 2 else "no",
+            "side": "test" if i % 6 == 5 else "train",
+            **{name: value(i) for name, value in more.items()},
+        }
+        for i in range(count)
+    ]
+
+
+def request(store: Store, folder: Path, given: Rows, base: str = "tiny-base", **options: Any) -> TrainRequest:
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in given), encoding="utf-8")
+    import_dataset(store, path, "data")
+    dataset = split_dataset(store, "data", SplitConfig(column="side", validation=0.0))
+    template = options.pop("template", Template(user="{{text}}", assistant="{{label}}", rejected="{{label}} not"))
+    saved = save_template(store, "answer", template)
+    config = TrainingConfig.model_validate({"precision": "float32", **options})
+    return TrainRequest(base=base, dataset=dataset.reference, template=saved.reference, options=config)
+
+
+def refused(store: Store, asked: TrainRequest, kind: type[LuthierError] = InputError) -> str:
+    with pytest.raises(kind) as error:
+        plan(store, asked, measure=False)
+    return " ".join([str(error.value), *error.value.problems, error.value.hint or ""])
+
+
+def test_answers_without_text_carry_no_loss(store: Store, tmp_path: Path) -> None:
+    text = refused(store, request(store, tmp_path, rows(), template=Template(user="{{text}}", assistant=" ")))
+    assert "no token carries loss" in text
+
+
+def test_one_example_is_too_few(store: Store, tmp_path: Path) -> None:
+    given = [{**row, "side": "train" if i == 0 else "test"} for i, row in enumerate(rows())]
+    assert "1 example is too few" in refused(store, request(store, tmp_path, given))
+
+
+def test_a_label_that_only_the_test_side_has(store: Store, tmp_path: Path) -> None:
+    given = [{**row, "label": "perhaps" if row["side"] == "test" else row["label"]} for row in rows()]
+    asked = request(store, tmp_path, given, method="classification", columns={"label": "label", "text": "text"})
+    text = refused(store, asked)
+    assert "perhaps" in text
+    assert "yes" in text
+
+
+def test_weights_that_are_no_numbers(store: Store, tmp_path: Path) -> None:
+    given = rows(weight=lambda i: "NaN" if i == 3 else 1.0)
+    text = refused(store, request(store, tmp_path, given, columns={"weight": "weight"}))
+    assert "weight" in text
+    assert "NaN" in text or "nan" in text
+
+
+def test_a_pair_of_equal_answers(store: Store, tmp_path: Path) -> None:
+    same = Template(user="{{text}}", assistant="{{label}}", rejected="{{label}}")
+    assert "nothing to prefer" in refused(store, request(store, tmp_path, rows(), method="dpo", template=same))
+
+
+def test_preferences_without_a_rejected_answer(store: Store, tmp_path: Path) -> None:
+    one = Template(user="{{text}}", assistant="{{label}}")
+    assert "no rejected answer" in refused(store, request(store, tmp_path, rows(), method="dpo", template=one))
+
+
+def test_thumbs_that_all_point_up(store: Store, tmp_path: Path) -> None:
+    given = rows(thumb=lambda i: "up")
+    text = refused(store, request(store, tmp_path, given, method="kto", columns={"thumb": "thumb"}))
+    assert "thumb" in text
+
+
+def test_a_tokenizer_without_an_end_of_turn(store: Store, tiny_base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "endless-base"))
+    endless = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": endless}), "utf-8")
+    pull(store, str(folder))
+    assert "stop token" in refused(store, request(store, tmp_path, rows(), base="endless-base"))
+
+
+def test_an_encoder_cannot_learn_to_write(store: Store, tiny_encoder: Path, tmp_path: Path) -> None:
+    pull(store, str(tiny_encoder))
+    text = refused(store, request(store, tmp_path, rows(), base=tiny_encoder.name))
+    assert "encoder" in text
+    assert "classification" in text
+
+
+def test_an_unknown_column_is_named_with_the_nearest(store: Store, tmp_path: Path) -> None:
+    text = refused(store, request(store, tmp_path, rows(weights=lambda i: 1), columns={"weight": "weight"}))
+    assert "weights" in text
+
+
+def test_resampling_without_a_group_column(store: Store, tmp_path: Path) -> None:
+    assert "columns.group" in refused(store, request(store, tmp_path, rows(), resample="balanced"))
+
+
+def test_a_tracker_that_is_not_installed(store: Store, tmp_path: Path) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    text = refused(store, request(store, tmp_path, rows(), trackers=["wandb"]), MissingDependencyError)
+    assert "pip install wandb" in text
+
+
+def test_a_checkpoint_of_another_dataset_version(store: Store, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from luthier.llm.engine.torch_model import measure_machine
+    from luthier.train.engine.loop import TrainingJob, train
+    from luthier.workflows.material import prepare
+
+    prepared = prepare(store, request(store, tmp_path, rows(), epochs=1, batch_size=4), 8)
+    made = prepared.plan(measure_machine())
+    job = TrainingJob(made, prepared.material.examples, [], prepared.base_folder, "tiny-base", tmp_path / "run")
+
+    def stop() -> None:
+        raise RunStopped("after one step")
+
+    with pytest.raises(RunStopped):
+        train(job, lambda metrics: None, stop)
+    with pytest.raises(ConflictError, match="other examples"):
+        train(replace(job, examples=list(prepared.material.examples)[:-1]), lambda metrics: None, stop)

@@ -1,0 +1,106 @@
+"""Every kind of method, from a file to a registered model, on tiny models and in a real worker process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import InputError
+from luthier.evaluate.engine.classifying import Classifier
+from luthier.records.dataset import SplitConfig
+from luthier.records.model import TunedModel
+from luthier.records.training import TrainingConfig
+from luthier.store.store import Store
+from luthier.workflows.datasets import import_dataset, split_dataset
+from luthier.workflows.evaluation import EvaluateRequest, evaluate_model
+from luthier.workflows.models import pull, served_folder
+from luthier.workflows.training import TrainRequest, train_model
+
+WORDS = ("order", "message", "tweet", "model", "dog", "fox")
+
+
+def pairs(count: int = 48) -> list[dict[str, Any]]:
+    """Return preferences: to say the word of the question is better than to say another."""
+
+    def message(role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    return [
+        {
+            "input": {"messages": [message("user", f"say {WORDS[i % 6]} number {i}")]},
+            "preferred_output": [message("assistant", WORDS[i % 6])],
+            "non_preferred_output": [message("assistant", WORDS[(i + 1) % 6])],
+        }
+        for i in range(count)
+    ]
+
+
+def labelled(count: int = 60) -> list[dict[str, Any]]:
+    return [{"text": f"{WORDS[i % 2]} number {i}", "label": WORDS[i % 2], "value": i % 2} for i in range(count)]
+
+
+def train(store: Store, folder: Path, rows: list[dict[str, Any]], base: str, **options: Any) -> TunedModel:
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    import_dataset(store, path, "data")
+    config = SplitConfig(validation=0.15, test=0.15, near_duplicate_similarity=None)
+    dataset = split_dataset(store, "data", config)
+    fast = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "float32", "samples": 1}
+    return train_model(
+        store,
+        TrainRequest(
+            base=base,
+            dataset=dataset.reference,
+            options=TrainingConfig.model_validate({**fast, **options}),
+            parity_prompts=6,
+            parity_limit=0.9,
+        ),
+    )
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_preferences_become_a_model_that_writes(store: Store, tmp_path: Path, mode: str) -> None:
+    rate = 5e-3 if mode == "lora" else 5e-4
+    model = train(store, tmp_path, pairs(), "tiny-base", method="dpo", mode=mode, learning_rate=rate)
+    assert model.product == "generator"
+    assert model.parity is not None
+    assert model.parity.passed
+    assert model.training.test_metrics["reward_accuracy"] > 0.5
+    assert ("adapter" in model.artifacts) == (mode == "lora")
+    assert served_folder(store, model.name).is_dir()
+
+
+def test_a_reward_model_scores_and_is_not_served(store: Store, tmp_path: Path) -> None:
+    model = train(store, tmp_path, pairs(), "tiny-base", method="reward")
+    assert model.product == "scorer"
+    assert model.parity is None
+    assert set(model.training.test_metrics) >= {"loss", "reward_accuracy"}
+    with pytest.raises(InputError):
+        served_folder(store, model.name)
+    with pytest.raises(InputError, match="writes no answers"):
+        evaluate_model(store, EvaluateRequest(model=model.name))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_classifier_on_an_encoder_labels_what_its_test_measured(
+    store: Store, tiny_encoder: Path, tmp_path: Path, mode: str
+) -> None:
+    pull(store, str(tiny_encoder))
+    columns = {"label": "label", "text": "text"}
+    model = train(
+        store, tmp_path, labelled(), tiny_encoder.name, method="classification", mode=mode, columns=columns, epochs=8
+    )
+    assert model.labels == tuple(sorted(WORDS[:2]))
+    assert model.training.test_metrics["accuracy"] > 0.9
+    predicted = Classifier(store.models.artifact_folder(model.artifacts["merged"])).predict(["order number 7"])
+    assert predicted[0].label == "order"
+
+
+def test_training_goes_on_from_a_tuned_model(store: Store, tmp_path: Path) -> None:
+    first = train(store, tmp_path, pairs(), "tiny-base", method="dpo", learning_rate=5e-3)
+    second = train(store, tmp_path, pairs(), first.name, method="dpo", learning_rate=1e-3, epochs=1)
+    assert second.base == first.base
+    assert second.training.steps < first.training.steps
