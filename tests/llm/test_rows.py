@@ -126,7 +126,7 @@ def test_packing_groups_keeps_every_side(made: list[tuple[list[int], list[int], 
     rows = pack_groups(sides, groups, 24)
     assert sorted(index for row in rows for index in row.examples) == list(range(len(sides)))
     for row in rows:
-        assert [tuple(row.examples[place : place + 2]) in groups for place in range(0, len(row.examples), 2)]
+        assert all(row.examples[place : place + 2] in groups for place in range(0, len(row.examples), 2))
         assert sum(group.prefix + sum(group.rest_lengths) for group in row.groups) == len(row.tokens)
         for place, index in enumerate(row.examples):
             assert row.tokens[row.ends[place]] == sides[index].tokens[-1]

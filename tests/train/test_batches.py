@@ -140,6 +140,21 @@ def summed(model: Any, side: TokenizedExample) -> tuple[torch.Tensor, torch.Tens
     return found.sum(), found.mean()
 
 
+def test_kto_estimates_its_drift_with_answers_to_other_prompts(tiny_base: Path, tmp_path: Path) -> None:
+    """Also where an example is there several times, as after resampling, or both answers to a prompt are."""
+    first, second, third = (example(index, 4, index) for index in range(3))
+    other = replace(example(1, 4, 60), example_id="1b")
+    objective = Kto(RowModel(load_base(tiny_base, "float32")), KtoOptions(), WIDE)
+    objective.prepare([first, first, second, other, other, third, third], tmp_path, "one", nothing)
+    answers = {name: unit.tokens[-4:] for name, unit in objective._others.items()}
+    assert answers == {
+        first.example_id: third.tokens[-4:],
+        second.example_id: first.tokens[-4:],
+        other.example_id: first.tokens[-4:],
+        third.example_id: other.tokens[-4:],
+    }
+
+
 # Labels and numbers
 
 

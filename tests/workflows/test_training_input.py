@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_dataset_version(store: Store, tmp_path: Path) -
     from luthier.train.engine.loop import TrainingJob, train
     from luthier.workflows.material import prepare
 
-    prepared = prepare(store, request(store, tmp_path, rows(), epochs=1, batch_size=4), 8)
+    prepared = prepare(store, request(store, tmp_path, rows(), epochs=1, batch_size=4), 8, tmp_path / "tokens")
     made = prepared.plan(measure_machine())
     job = TrainingJob(made, prepared.material.examples, [], prepared.base_folder, "tiny-base", tmp_path / "run")
 
@@ -147,3 +147,21 @@ def test_a_checkpoint_of_another_dataset_version(store: Store, tmp_path: Path) -
         train(job, lambda metrics: None, stop)
     with pytest.raises(ConflictError, match="other examples"):
         train(replace(job, examples=list(prepared.material.examples)[:-1]), lambda metrics: None, stop)
+
+
+@pytest.mark.parametrize("method", ["supervised", "raw_text"])
+def test_a_data_set_that_does_not_fit_into_memory_is_planned_as_any_other(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from luthier.templates.spool import SpooledExamples
+    from luthier.workflows import material
+
+    asked = request(store, tmp_path, rows(), method=method, template=Template(user="{{text}}", assistant="{{label}}"))
+    held = material.prepare(store, asked, 8, tmp_path / "held")
+    monkeypatch.setattr(material, "LARGE_BYTES", 0)
+    monkeypatch.setattr(material, "EXAMPLES_AT_ONCE", 7)
+    spooled = material.prepare(store, asked, 8, tmp_path / "spooled")
+    assert isinstance(spooled.material.examples, SpooledExamples)
+    assert list(spooled.material.examples) == list(held.material.examples)
+    assert spooled.material.report == held.material.report
+    assert plan(store, asked, measure=False).tokens_per_epoch == sum(len(e.tokens) for e in held.material.examples)

@@ -91,6 +91,10 @@ class DatasetStore:
         with self._database.read() as connection:
             return [DatasetVersion.model_validate(record) for record in connection.execute(query).scalars()]
 
+    def bytes(self, dataset: DatasetVersion) -> int:
+        """Return the size of a version's examples on disk."""
+        return (self._artifacts.path(dataset.folder) / EXAMPLES_FILE).stat().st_size
+
     def examples(self, dataset: DatasetVersion, split: SplitName | None = None) -> Iterator[Example]:
         """Yield the examples of a version, or of one side of its split, in their order.
 

@@ -45,7 +45,7 @@ def plan_training(material: Material, config: TrainingConfig, shape: ModelShape,
         )
     longest = max(_length(unit) for unit in units)
     resolved, steps, reasons = resolve(config, len(units), longest, shape, machine)
-    prefix = _prefix([*units, *material.validation])
+    prefix = _prefix(units, material.validation)
     resolved = _fitted(resolved, config, longest, shape, machine, reasons)
     computed = computed_tokens(units, prefix, resolved)
     plan = TrainingPlan(
@@ -169,9 +169,12 @@ def _fitted(
     return resolved
 
 
-def _prefix(units: Sequence[Unit]) -> int:
-    singles = [unit for unit in units if isinstance(unit, TokenizedExample)]
-    return shared_prefix(singles) if len(singles) == len(units) else 0
+def _prefix(units: Sequence[Unit], validation: Sequence[Unit]) -> int:
+    """Return how many first tokens all examples share; pairs share theirs by twos alone."""
+    if isinstance(units[0], TokenizedPair):
+        return 0
+    both = [units[0], *validation[:1]]
+    return min(shared_prefix(some) for some in (units, validation, both) if some)  # type: ignore[arg-type]
 
 
 def _sides(unit: Unit) -> tuple[TokenizedExample, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from pydantic import Field
@@ -20,21 +21,25 @@ from luthier.records.training import TrainingConfig, TrainingPlan
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.labelled import TextRenderer, label_names, labelled_texts, load_tokenizer, tokenize_labelled
-from luthier.templates.raw_text import tokenize_documents
+from luthier.templates.raw_text import iter_documents, tokenize_documents
 from luthier.templates.renderer import (
     RenderPolicy,
     RenderReport,
     TemplateRenderer,
+    TokenizedExample,
     tokenize,
     tokenize_pairs,
     tokenize_thumbs,
 )
+from luthier.templates.spool import SpooledExamples
 from luthier.train.hyperparameters import max_tokens
 from luthier.train.plan import Material, Unit, plan_training
 from luthier.workflows.datasets import side
 from luthier.workflows.models import served_folder, shape
 
 RAW_PROMPT_CHARACTERS = 200
+LARGE_BYTES = 200_000_000  # of the data set's file
+EXAMPLES_AT_ONCE = 10_000
 TESTED_BY_EVALUATION = ("supervised", "raw_text")
 
 
@@ -81,8 +86,10 @@ class Prepared:
         return plan_training(self.material, self.request.options, sizes, machine)
 
 
-def prepare(store: Store, request: TrainRequest, answer_tokens: int) -> Prepared:
+def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Path) -> Prepared:
     """Look up and render what a request names; ``answer_tokens`` must fit behind a held-out prompt.
+
+    The tokens of a data set that does not fit into memory are kept in the folder ``scratch``.
 
     Raises:
         NotFoundError: the base, dataset or template is not there.
@@ -98,10 +105,11 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int) -> Prepared
     dataset = store.datasets.get(request.dataset)
     template = store.templates.get(request.template) if request.template else None
     reader = _Reader(options, folder, base, dataset, template)
-    train_side = side(store, dataset, "train")
-    if options.resample != "none":
-        train_side = _resampled(train_side, options)
-    examples, report = reader.read(train_side)
+    if _is_large(store, dataset, options):
+        examples, report = reader.spool(store.datasets.examples(dataset, "train"), scratch)
+    else:
+        train_side = side(store, dataset, "train")
+        examples, report = reader.read(train_side if options.resample == "none" else _resampled(train_side, options))
     validation = reader.read(side(store, dataset, "validation"))[0]
     test_side = side(store, dataset, "test")
     return Prepared(
@@ -164,6 +172,30 @@ class _Reader:
             read = tokenize_thumbs
         return read(self._conversations(examples), self.chat_format, self._policy)
 
+    def spool(self, examples: Iterable[Example], folder: Path) -> tuple[Sequence[Unit], RenderReport]:
+        """Return the examples of a data set that does not fit into memory, as units that lie on disk."""
+        assert self.chat_format is not None  # noqa: S101  see _is_large
+        report = RenderReport()
+        if self._options.method == "raw_text":
+            texts = self._texts()
+            documents = ((example.id, texts.text(example)) for example in examples)
+            units = iter_documents(documents, self.chat_format, length=self._policy.max_tokens, report=report)
+        else:
+            units = self._tokenized(examples, self.chat_format, report)
+        return SpooledExamples.write(folder, units), report
+
+    def _tokenized(
+        self, examples: Iterable[Example], chat_format: ChatFormat, report: RenderReport
+    ) -> Iterator[TokenizedExample]:
+        rows = iter(examples)
+        while some := list(islice(rows, EXAMPLES_AT_ONCE)):
+            units, found = tokenize(self._conversations(some), chat_format, self._policy)
+            report.rendered += found.rendered
+            report.dropped += found.dropped
+            report.truncated += found.truncated
+            report.appended += found.appended
+            yield from units
+
     def answerable(self, examples: Sequence[Example], answer_tokens: int) -> list[Conversation]:
         """Return the conversations whose prompts leave room for an answer."""
         assert self.chat_format is not None  # noqa: S101  only models that write are asked
@@ -198,6 +230,12 @@ class _Reader:
 
     def _texts(self) -> TextRenderer:
         return TextRenderer(self._template, self._options.columns, self._fields)
+
+
+def _is_large(store: Store, dataset: DatasetVersion, options: TrainingConfig) -> bool:
+    """Return whether a data set's tokens are kept on disk: where its lists would take gigabytes."""
+    streams = options.method in ("supervised", "raw_text") and options.resample == "none"
+    return streams and dataset.split is not None and store.datasets.bytes(dataset) > LARGE_BYTES
 
 
 def _base(store: Store, name: str) -> tuple[BaseModelInfo, Path | None]:

@@ -7,6 +7,7 @@ import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier.errors import InputError, ParityError, RunStopped
@@ -46,9 +47,10 @@ def plan(store: Store, request: TrainRequest, *, measure: bool = True) -> Traini
         CapacityError: the run cannot fit into this machine.
     """
     check_trackers(request.options.trackers)
-    prepared = prepare(store, request, MAX_ANSWER_TOKENS)
-    made = prepared.plan(measure_machine())
-    return measured_plan(_job(prepared, made, store.home)) if measure else made
+    with TemporaryDirectory() as scratch:
+        prepared = prepare(store, request, MAX_ANSWER_TOKENS, Path(scratch))
+        made = prepared.plan(measure_machine())
+        return measured_plan(_job(prepared, made, Path(scratch))) if measure else made
 
 
 def train_model(store: Store, request: TrainRequest, on_event: OnEvent | None = None) -> TunedModel:
@@ -81,7 +83,8 @@ def finished_result(store: Store, run_id: str) -> dict[str, Any]:
 def execute(context: RunContext) -> dict[str, Any]:
     """Carry out a training run; every stage that is done already is found and not repeated."""
     store = context.store
-    prepared = prepare(store, TrainRequest.model_validate(context.run.config), MAX_ANSWER_TOKENS)
+    request = TrainRequest.model_validate(context.run.config)
+    prepared = prepare(store, request, MAX_ANSWER_TOKENS, context.folder / "tokens")
     with context.stage("plan"):
         made = _planned(context, prepared)
         context.say(f"{made.steps} steps over {made.examples} examples", data=made.model_dump(mode="json"))

@@ -12,8 +12,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,11 @@ def _start(job: TrainingJob, on_note: OnNote) -> _Training:
     model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
     fingerprint = _fingerprint(job)
     objective = make_objective(model, job.plan)
-    units = [*job.examples, *job.validation, *job.test]
 
     def on_progress(what: str, share: float) -> None:
         on_note(PreparationNote(what=what, share=share))
 
-    objective.prepare(units, job.folder, fingerprint, on_progress)
+    objective.prepare(_all_units(job), job.folder, fingerprint, on_progress)
     groups = parameter_groups(model.model, resolved.learning_rate, resolved.weight_decay, resolved.layer_decay)
     optimizer = make_optimizer(resolved.optimizer, groups)
     progress = _Progress(fingerprint, LossHistory(job.plan.steps).state())
@@ -282,10 +282,14 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
 
 
+def _all_units(job: TrainingJob) -> Iterator[Unit]:
+    return chain(job.examples, job.validation, job.test)  # they may lie on disk: never all of them in a list
+
+
 def _fingerprint(job: TrainingJob) -> str:
     """Return a hash of everything that a checkpoint depends on: options, examples, and the base's name."""
     digest = hashlib.sha256(job.plan.resolved.model_dump_json().encode())
     digest.update(repr((job.base_name, job.labels, str(job.start_adapter))).encode())
-    for unit in (*job.examples, *job.validation, *job.test):
+    for unit in _all_units(job):
         digest.update(repr(unit).encode())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -80,8 +81,8 @@ def _longest(units: Sequence[Unit], plan: TrainingPlan) -> list[Unit]:
     """Return the longest units that fill a row, at most a batch of them."""
     found: list[Unit] = []
     tokens = 0
-    for unit in sorted(units, key=lambda unit: -tokens_of(unit)):
-        if len(found) == plan.resolved.batch_size or (found and tokens >= plan.resolved.tokens_per_row):
+    for unit in heapq.nlargest(plan.resolved.batch_size, units, key=tokens_of):
+        if found and tokens >= plan.resolved.tokens_per_row:
             break
         found.append(unit)
         tokens += tokens_of(unit) - plan.shared_prefix

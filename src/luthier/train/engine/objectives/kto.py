@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Kto:
     """Kahneman-Tversky optimisation (equation 8): 1 - sigmoid(beta (r - z)) if liked, 1 - sigmoid(beta (z - r)) if not.
 
     r = log pi(answer) / ref(answer). z estimates how far the model has moved at all: the batch's mean, at least 0, of
-    r for answers that belong to another prompt (each example is given the answer before it), without gradient.
+    r for answers that belong to another prompt (each is given the nearest one before it in the data), without gradient.
     """
 
     model: RowModel
@@ -32,10 +32,11 @@ class Kto:
     _others: dict[str, TokenizedExample] = field(default_factory=dict)
 
     def prepare(
-        self, units: Sequence[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
+        self, units: Iterable[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
     ) -> None:
         """Ask the model, as it is before its first step, for every answer and every mismatched one."""
-        others = [_with_answer_of(unit, units[index - 1]) for index, unit in enumerate(units)]
+        units = list({unit.example_id: unit for unit in units}.values())  # some may be there several times
+        others = [_with_answer_of(unit, other) for unit, other in zip(units, _mismatched(units), strict=True)]
         examples = [*units, *others]
         groups = [(index, len(units) + index) for index in range(len(units))]
         found = load_or_compute(self.model, examples, groups, self.tokens_per_row, folder, fingerprint, on_progress)
@@ -79,9 +80,25 @@ def _sums(rewards_N: torch.Tensor, liked_N: torch.Tensor, drift: float) -> dict[
     }
 
 
+def _mismatched(units: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+    """Return for each unit the nearest one before it (before the first: the last) that has another prompt."""
+    prompts = [_prompt(unit) for unit in units]
+    # Neighbours may have one prompt: both answers to it, say. All of them are given the answer before the first.
+    changes = [index for index in range(len(units)) if prompts[index] != prompts[index - 1]]
+    found = [units[index - 1] for index in range(len(units))]
+    for first, end in zip(changes, [*changes[1:], len(units) + changes[0]] if changes else [], strict=True):
+        for index in range(first, end):
+            found[index % len(units)] = units[first - 1]
+    return found
+
+
+def _prompt(unit: TokenizedExample) -> list[int]:
+    return unit.tokens[: unit.loss_mask.index(True)]
+
+
 def _with_answer_of(unit: TokenizedExample, other: TokenizedExample) -> TokenizedExample:
     """Return a unit's prompt with another one's answer, no longer than the longer of the two."""
-    prompt = unit.tokens[: unit.loss_mask.index(True)]
+    prompt = _prompt(unit)
     answer = other.tokens[other.loss_mask.index(True) :]
     limit = max(len(unit.tokens), len(other.tokens))
     answer = answer[: max(1, limit - len(prompt))]

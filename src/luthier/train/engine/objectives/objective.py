@@ -33,7 +33,7 @@ class PartLoss:
 class Objective(Protocol[U]):
     """One training method over a model that it was made with."""
 
-    def prepare(self, units: Sequence[U], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+    def prepare(self, units: Iterable[U], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Compute what stays the same during training, once, before its first step; ``folder`` keeps it."""
 
     def losses(self, units: Sequence[U], *, training: bool) -> Iterator[PartLoss]:

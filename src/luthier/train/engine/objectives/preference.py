@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,8 +81,9 @@ class Dpo:
     tokens_per_row: int
     _reference: dict[str, float] = field(default_factory=dict)
 
-    def prepare(self, units: Sequence[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+    def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Ask the model, as it is before its first step, for every answer."""
+        units = list(units)
         sides = both_sides(units)
         groups = [(2 * index, 2 * index + 1) for index in range(len(units))]
         found = load_or_compute(self.model, sides, groups, self.tokens_per_row, folder, fingerprint, on_progress)
@@ -126,7 +127,7 @@ class Orpo:
     options: OrpoOptions
     tokens_per_row: int
 
-    def prepare(self, units: Sequence[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+    def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
 
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:
@@ -183,7 +184,7 @@ class Reward:
     options: RewardOptions
     tokens_per_row: int
 
-    def prepare(self, units: Sequence[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+    def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
 
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:

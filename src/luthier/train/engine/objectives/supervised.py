@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Supervised:
     tokens_per_row: int
 
     def prepare(
-        self, units: Sequence[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
+        self, units: Iterable[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
     ) -> None:
         """Nothing stays the same here."""
 

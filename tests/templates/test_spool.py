@@ -1,0 +1,45 @@
+"""Examples on disk are the examples that were written, and memory does not grow with them."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from luthier.errors import InputError
+from luthier.templates.renderer import TokenizedExample
+from luthier.templates.spool import SpooledExamples
+
+
+def examples(count: int, length: int = 5) -> Iterator[TokenizedExample]:
+    for index in range(count):
+        size = 2 + index % length
+        tokens = [(index * 31 + place) % 60_000 for place in range(size)]
+        yield TokenizedExample(f"döc {index}#1", tokens, [False] + [True] * (size - 1), 0.5 + index % 3)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    written = list(examples(50))
+    spooled = SpooledExamples.write(tmp_path, iter(written))
+    assert list(spooled) == written
+    assert spooled[7] == written[7]
+    assert spooled[-1] == written[-1]
+    assert spooled[3:9] == written[3:9]
+    assert len(SpooledExamples(tmp_path)) == 50
+
+
+def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
+    tracemalloc.start()
+    spooled = SpooledExamples.write(tmp_path, examples(300, length=2_000))
+    total = sum(len(example.tokens) for example in spooled)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 40_000
+    assert peak < total  # less than a byte a token; a list of them takes eight and more
+
+
+def test_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No example"):
+        SpooledExamples.write(tmp_path, iter(()))
