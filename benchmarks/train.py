@@ -122,7 +122,9 @@ class Bench:
             check=False,
         )
         if done.returncode:
-            raise SystemExit(f"{spec['job']} {spec.get('side', '')} failed:\n{done.stderr[-4000:]}")
+            raise SystemExit(
+                f"{spec['job']} {spec.get('side', '')} ended with {done.returncode}:\n{done.stderr[-4000:]}"
+            )
         return json.loads((folder / "result.json").read_text())
 
 

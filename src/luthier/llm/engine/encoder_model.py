@@ -13,6 +13,9 @@ import torch
 from luthier.llm.engine.row_model import autocast
 from luthier.templates.renderer import TokenizedExample
 
+SIMILAR = 1.3
+ENOUGH_TOKENS = 192
+
 
 class EncoderModel:
     """An encoder with a head of labels or a number, with or without an adapter."""
@@ -41,10 +44,17 @@ class EncoderModel:
 
 
 def by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Return indices in batches of similar length: padded, a batch has at most ``tokens_per_batch`` tokens."""
+    """Return indices in batches of similar length: padded, a batch has at most ``tokens_per_batch`` tokens.
+
+    A batch that has enough tokens to keep the kernels busy takes no text that is much longer than its shortest.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= tokens_per_batch:
+        length = lengths[index]
+        fits = bool(batches) and (len(batches[-1]) + 1) * length <= tokens_per_batch
+        if fits and (
+            length <= SIMILAR * lengths[batches[-1][0]] or len(batches[-1]) * lengths[batches[-1][-1]] < ENOUGH_TOKENS
+        ):
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ PROBE_RUNS = 5
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 transformers_logging.set_verbosity_error()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers_logging.disable_progress_bar()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -50,6 +51,8 @@ def measure_steps(job: TrainingJob) -> Measured:
         CapacityError: the process was killed, as by a system that is out of memory.
     """
     units = _longest(job.examples, job.plan)
+    # Threads of a process that inherits this give way to others while they wait, as those of a run do.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         small = replace(job, examples=units, validation=(), test=(), folder=Path(folder), sample_prompts=())
         try:
