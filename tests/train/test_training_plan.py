@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from luthier.errors import CapacityError, InputError
 from luthier.records.base_model import Machine, ModelShape
@@ -90,3 +91,11 @@ def test_shared_tokens_are_computed_once_a_row() -> None:
     plan = make_plan(64)
     assert plan.shared_prefix == 4
     assert plan.computed_tokens_per_epoch < plan.tokens_per_epoch
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"epochs": 0}, {"learning_rate": -1}, {"lora_rank": 0}, {"last_layers": 0}]
+)
+def test_numbers_that_make_no_sense_are_refused_where_they_are_given(options: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        TrainingConfig.model_validate(options)

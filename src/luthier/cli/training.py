@@ -103,6 +103,8 @@ def _training_config(options: list[str], path: Path | None) -> Any:
 
         try:
             values = yaml.safe_load(path.read_text("utf-8")) or {}
+            if not isinstance(values, dict):
+                raise InputError(f"{path} holds no options: it must be name: value, one a line.")
         except (OSError, yaml.YAMLError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
     for text in options:
@@ -117,13 +119,17 @@ def _training_config(options: list[str], path: Path | None) -> Any:
         inside = values
         for key in outer:
             inside = inside.setdefault(key, {})
+            if not isinstance(inside, dict):
+                raise InputError(f"The option {name!r} goes into {key!r}, which was given as {inside!r}.")
         inside[last] = read
     known = [name for name, _ in _flat_options(TrainingConfig)]
     try:
         config = TrainingConfig.model_validate(values)
     except ValidationError as error:
         for found in error.errors():
-            name = ".".join(str(part) for part in found["loc"])
+            parts = [str(part) for part in found["loc"]]  # behind the option stands which of its types was tried
+            prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            name = next((prefix for prefix in prefixes if prefix in known), ".".join(parts))
             unknown = found["type"] == "extra_forbidden"
             problem = f"there is no option {name!r}.{did_you_mean(name, known)}" if unknown else found["msg"]
             problems.append(problem if unknown else f"{name} = {found['input']!r}: {problem}")

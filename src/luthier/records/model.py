@@ -59,6 +59,7 @@ class TunedModel(Record):
     """A tuned model in the registry: all that is needed to make it again, and what it is worth.
 
     ``product`` says what it does: write, score an answer, or label a text with one of ``labels``.
+    ``parent`` is the tuned model from whose adapter training went on.
     """
 
     name: str
@@ -75,6 +76,7 @@ class TunedModel(Record):
     training: TrainingResult
     parity: Parity | None
     artifacts: dict[str, Artifact]
+    parent: str | None = None
     product: Product = "generator"
     labels: tuple[str, ...] = ()
     licence: str

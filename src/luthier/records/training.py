@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ Mode = Literal["lora", "rslora", "dora", "qlora", "full", "last_layers"]
 Schedule = Literal["cosine", "linear", "constant"]
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(Record):
@@ -35,35 +38,37 @@ class TrainingConfig(Record):
     resample: dict[str, float] | Literal["none", "balanced"] = Field(
         "none", description="factor per value of columns.group: 2 twice as often, 0.5 half of them; or balanced"
     )
-    epochs: float | Auto = Field(AUTO, description="passes over the training examples")
-    batch_size: int | Auto = Field(AUTO, description="examples per optimizer step")
-    learning_rate: float | Auto = Field(AUTO, description="peak learning rate")
+    epochs: Positive | Auto = Field(AUTO, description="passes over the training examples")
+    batch_size: Count | Auto = Field(AUTO, description="examples per optimizer step")
+    learning_rate: Positive | Auto = Field(AUTO, description="peak learning rate")
     learning_rate_multiplier: float = Field(1.0, gt=0, description="scales the derived learning rate")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer from the top")
-    warmup_share: float | Auto = Field(AUTO, description="share of the steps with a rising learning rate")
+    warmup_share: Share | Auto = Field(AUTO, description="share of the steps with a rising learning rate")
     schedule: Schedule = Field("cosine", description="learning rate after warm-up")
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="AdamW, or with its moments in 8 bits")
-    lora_rank: int | Auto = Field(AUTO, description="rank of the low-rank adapter")
-    lora_alpha: float | Auto = Field(AUTO, description="scale of the adapter: alpha / rank")
+    lora_rank: Count | Auto = Field(AUTO, description="rank of the low-rank adapter")
+    lora_alpha: Positive | Auto = Field(AUTO, description="scale of the adapter: alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
     base_bits: Literal[4, 8] = Field(4, description="bits of the frozen base in mode qlora")
-    last_layers: int | Auto = Field(AUTO, description="layers trained in mode last_layers")
+    last_layers: Count | Auto = Field(AUTO, description="layers trained in mode last_layers")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_gradient_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    max_tokens: int | Auto = Field(AUTO, description="longest example, in tokens")
+    max_tokens: Annotated[int, Field(ge=2)] | Auto = Field(AUTO, description="longest example, in tokens")
     too_long: Literal["refuse", "drop", "truncate"] = Field("refuse", description="what to do with longer examples")
     empty_mask: Literal["refuse", "drop"] = Field("refuse", description="what to do with examples without loss")
     equal_answers: Literal["refuse", "drop"] = Field("refuse", description="what to do with pairs of equal answers")
     missing_end_of_turn: Literal["refuse", "drop", "append"] = Field(
         "refuse", description="what to do with answers that do not end in a stop token"
     )
-    tokens_per_row: int | Auto = Field(AUTO, description="tokens that go through the model at once")
+    tokens_per_row: Annotated[int, Field(ge=2)] | Auto = Field(
+        AUTO, description="tokens that go through the model at once"
+    )
     recompute: bool | Auto = Field(AUTO, description="gradient checkpointing: keep only each layer's input")
-    validations: int | Auto = Field(AUTO, description="how often validation loss is measured")
+    validations: Count | Auto = Field(AUTO, description="how often validation loss is measured")
     early_stopping: int = Field(0, ge=0, description="validations without a gain before it stops; 0: never")
     samples: int = Field(3, ge=0, le=20, description="validation prompts answered at each validation")
     sample_tokens: int = Field(24, ge=1, le=512, description="longest sample answer, in tokens")
-    checkpoints: int | Auto = Field(AUTO, description="how often the state is saved")
+    checkpoints: Count | Auto = Field(AUTO, description="how often the state is saved")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="numbers of the frozen base")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field((), description="log there too, beside TensorBoard")
     seed: int = Field(0, ge=0, lt=2**31, description="order of the examples and the adapter's start")

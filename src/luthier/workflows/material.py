@@ -100,6 +100,8 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     folder = store.models.base_folder(base)
     writes = product(options.method) == "generator"
     _check_kind(base, options)
+    if start_adapter is not None:
+        _check_going_on(request.base, options)
     if writes:
         served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
     dataset = store.datasets.get(request.dataset)
@@ -256,6 +258,18 @@ def _check_kind(base: BaseModelInfo, options: TrainingConfig) -> None:
         raise InputError(
             f"{base.id} is an encoder: it reads texts but cannot write them, so it cannot learn by {options.method}.",
             hint="use method classification or regression, or a decoder such as smollm2-135m",
+        )
+
+
+def _check_going_on(name: str, options: TrainingConfig) -> None:
+    """Refuse options that an adapter which is there already has decided."""
+    given = [option for option in ("lora_rank", "lora_alpha", "lora_dropout") if option in options.model_fields_set]
+    if options.mode not in ("lora", "qlora") or given:
+        chosen = [f"mode={options.mode}", *given]
+        raise InputError(
+            f"Training goes on from the adapter of {name}, so its kind, rank and scale are given: {', '.join(chosen)}.",
+            hint="leave these options out, or start from the base model; for mode full, export the merged form and "
+            "pull that folder as a base",
         )
 
 

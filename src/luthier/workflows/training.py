@@ -123,7 +123,9 @@ def _planned(context: RunContext, prepared: Prepared) -> TrainingPlan:
     made = prepared.plan(measure_machine())
     if made.seconds > SHORT_SECONDS or made.memory_bytes > SURE_SHARE * made.machine_memory_bytes:
         made = measured_plan(_job(prepared, made, context.folder), lambda text: context.say(text))
-    path.write_text(made.model_dump_json(), "utf-8")
+    staged = path.with_name(f".{PLAN_FILE}")
+    staged.write_text(made.model_dump_json(), "utf-8")
+    staged.rename(path)
     return made
 
 
@@ -277,6 +279,7 @@ def _record(
         parity=parity,
         artifacts=artifacts,
         licence=prepared.base.licence,
+        parent=prepared.request.base if prepared.start_adapter else None,
         product=product(prepared.request.options.method),
         labels=prepared.labels,
         created_at=datetime.now(UTC),

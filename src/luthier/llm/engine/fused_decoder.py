@@ -53,7 +53,8 @@ class FusedDecoder:
                 hidden_TE = _LayerFunction.apply(hidden_TE, layer, layout, rope, *layer.parameters)
             else:
                 hidden_TE = layer.forward(hidden_TE, layout, rope)[0]
-        return self._decoder.norm(hidden_TE)
+        normed_TE: torch.Tensor = self._decoder.norm(hidden_TE)
+        return normed_TE.to(hidden_TE.dtype)
 
 
 class _LayerFunction(torch.autograd.Function):

@@ -36,7 +36,7 @@ def target_logprobs(
     """
     if head.bias is not None or (head.weight.requires_grad and torch.is_grad_enabled()):
         return _through_autograd(hidden_ME, head, targets_M, label_smoothing)
-    logprobs_M, chosen_M = _TargetLogprobs.apply(hidden_ME, head.weight, targets_M, label_smoothing)
+    logprobs_M, chosen_M = _TargetLogprobs.apply(hidden_ME, head.weight.to(hidden_ME.dtype), targets_M, label_smoothing)
     return Targets(logprobs_M, chosen_M)
 
 

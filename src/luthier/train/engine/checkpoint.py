@@ -37,6 +37,8 @@ def save_checkpoint(
 ) -> None:
     """Save the state of a run as its latest checkpoint; the one before is replaced only once this one is whole."""
     tensors = {RANDOM: torch.get_rng_state()}
+    for index, state_of_device in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ()):
+        tensors[f"{RANDOM}.{index}"] = state_of_device
     for name, parameter in trainable(model).items():
         tensors[f"{WEIGHT}/{name}"] = parameter.detach().cpu()
         for key, value in optimizer.state[parameter].items():
@@ -76,6 +78,10 @@ def load_checkpoint(
             parameter = parameters[name]
             optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
     torch.set_rng_state(tensors[RANDOM])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"{RANDOM}.{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"{RANDOM}.{index}"], index)
     return state
 
 
@@ -101,12 +107,18 @@ def save_best(folder: Path, model: Any, base: str) -> None:
     return _replace(staged, folder / BEST)
 
 
+def best_folder(folder: Path) -> Path:
+    """Return the folder of the best weights so far, also where a replacement of it was cut short."""
+    return folder / BEST if (folder / BEST).is_dir() else _old(folder / BEST)
+
+
 def load_best(folder: Path, model: Any) -> None:
     """Put the best weights so far into a model."""
+    best = best_folder(folder)
     if not hasattr(model, "peft_config"):
-        model.load_state_dict(load_file(folder / BEST / "model.safetensors"), strict=False)
+        model.load_state_dict(load_file(best / "model.safetensors"), strict=False)
         return
-    set_peft_model_state_dict(model, load_file(folder / BEST / "adapter_model.safetensors"))
+    set_peft_model_state_dict(model, load_file(best / "adapter_model.safetensors"))
 
 
 def _fresh(folder: Path) -> Path:

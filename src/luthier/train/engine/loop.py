@@ -24,7 +24,7 @@ from luthier.errors import EngineError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
-from luthier.train.engine.checkpoint import BEST, load_best, load_checkpoint, save_best, save_checkpoint
+from luthier.train.engine.checkpoint import best_folder, load_best, load_checkpoint, save_best, save_checkpoint
 from luthier.train.engine.objectives.choice import make_objective
 from luthier.train.engine.objectives.objective import Objective, Unit, tokens_of
 from luthier.train.engine.optimizers import make_optimizer, parameter_groups
@@ -131,7 +131,7 @@ def train(
 
 def best_adapter(job: TrainingJob) -> Path:
     """Return the folder of the adapter (or model) that training left as the best."""
-    return job.folder / BEST
+    return best_folder(job.folder)
 
 
 def _start(job: TrainingJob, on_note: OnNote) -> _Training:
@@ -167,6 +167,11 @@ def _train_step(run: _Training, batch: list[int]) -> _BatchOutcome:
         )
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, resolved.max_gradient_norm))
+    if not math.isfinite(norm):
+        raise EngineError(
+            f"The gradient's norm is {norm} at step {progress.step + 1}: training diverged; nothing was changed by it.",
+            hint="lower learning_rate_multiplier to 0.3, use precision float32, or look for broken examples",
+        )
     for group in run.optimizer.param_groups:
         group["gradient_norm"] = norm
     run.optimizer.step()

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,8 +72,14 @@ def _measure(job: TrainingJob) -> Measured:
 
     resolved = job.plan.resolved.model_copy(update={"epochs": float(STEPS), "batch_size": len(job.examples)})
     plan = job.plan.model_copy(update={"resolved": resolved, "steps": STEPS + 1})
-    with suppress(RunStopped):
+    try:
         train(replace(job, plan=plan), seen.append, stop)
+    except RunStopped:
+        pass
+    except RuntimeError as error:  # torch has an error of its own for a GPU, and none for the processor's memory
+        if "memory" in str(error).lower():
+            raise MemoryError(str(error).splitlines()[0]) from None
+        raise
     tokens = sum(tokens_of(unit) for unit in job.examples)
     computed = sum(len(row.tokens) for row in rows_of(job.examples, plan.shared_prefix, resolved))
     return Measured(tokens=computed, seconds=tokens / seen[-1].tokens_per_second, peak_bytes=peak_memory_bytes())
