@@ -16,6 +16,7 @@ from test_worker import PATIENCE_SECONDS, launcher, log, messages, wait_for_pid
 from luthier.errors import EngineError
 from luthier.jobs.launch import follow, log_path, start, submit
 from luthier.records.run import Run, RunEvent
+from luthier.records.training import TrainingConfig
 from luthier.store.runs import MAX_ATTEMPTS
 from luthier.store.store import Store
 
@@ -28,11 +29,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_submitted_run_waits_in_the_queue_under_a_name_of_its_own(store: Store) -> None:
-    runs = [submit(store, "train", {"epochs": number}) for number in range(20)]
+    runs = [submit(store, "train", TrainingConfig(epochs=number + 1)) for number in range(20)]
     assert all(re.fullmatch(r"train-\d{6}-[0-9a-f]{8}", run.id) for run in runs)
     assert len({run.id for run in runs}) == 20
     assert {run.status for run in store.runs.all()} == {"queued"}
-    assert runs[3].config == {"epochs": 3}
+    assert TrainingConfig.model_validate(runs[3].config).epochs == 4
 
 
 def test_followed_run_is_executed_and_its_events_are_passed_on_in_order(store: Store, tmp_path: Path) -> None:

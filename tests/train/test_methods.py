@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from luthier.errors import InputError, RunStopped
 from luthier.records.base_model import Machine
 from luthier.records.objectives import PAIRED
-from luthier.records.training import StepMetrics, TrainingConfig, TrainingResult
+from luthier.records.training import ADAPTERS, StepMetrics, TrainingConfig, TrainingResult
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
 from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
@@ -57,7 +57,9 @@ def units(count: int, method: str, first: int = 0) -> list[Any]:
 
 
 def make_job(base: Path, folder: Path, **options: Any) -> TrainingJob:
-    defaults = {"epochs": 6, "batch_size": 8, "lora_rank": 4, "precision": "float32", "learning_rate": 1e-2}
+    defaults = {"epochs": 6, "batch_size": 8, "precision": "float32", "learning_rate": 1e-2}
+    if options.get("mode", "lora") in ADAPTERS:
+        defaults["lora_rank"] = 4
     config = TrainingConfig.model_validate(defaults | options)
     examples, validation = units(32, config.method), units(8, config.method, first=40)
     plan = plan_training(Material(examples, validation, RenderReport()), config, shape(base, 200_000), MACHINE)

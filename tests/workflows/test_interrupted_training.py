@@ -41,7 +41,7 @@ def wait_for_metrics(store: Store, run_id: str, count: int) -> None:
 
 
 def test_a_killed_run_is_taken_up_again_and_its_model_registered_once(store: Store, tmp_path: Path) -> None:
-    run = submit(store, "train", request(store, tmp_path).model_dump(mode="json"))
+    run = submit(store, "train", request(store, tmp_path))
     process = start(store, run.id)
     wait_for_metrics(store, run.id, 2)
     assert store.models.all() == []
@@ -59,7 +59,7 @@ def test_a_killed_run_is_taken_up_again_and_its_model_registered_once(store: Sto
 
 
 def test_a_paused_run_goes_on_where_it_was(store: Store, tmp_path: Path) -> None:
-    run = submit(store, "train", request(store, tmp_path).model_dump(mode="json"))
+    run = submit(store, "train", request(store, tmp_path))
     seen: list[RunEvent] = []
 
     def pause_once_it_trains() -> None:
@@ -81,7 +81,7 @@ def test_a_paused_run_goes_on_where_it_was(store: Store, tmp_path: Path) -> None
 
 
 def test_a_cancelled_run_leaves_no_model(store: Store, tmp_path: Path) -> None:
-    run = submit(store, "train", request(store, tmp_path).model_dump(mode="json"))
+    run = submit(store, "train", request(store, tmp_path))
     process = start(store, run.id)
     wait_for_metrics(store, run.id, 1)
     store.runs.request(run.id, "cancel")
@@ -104,7 +104,7 @@ def test_what_cannot_be_trained_is_refused_before_a_run_begins(store: Store, tmp
 
 def test_a_failing_run_says_why(store: Store, tmp_path: Path) -> None:
     bad = request(store, tmp_path, options=LONG.model_copy(update={"max_tokens": 8}))
-    run = submit(store, "train", bad.model_dump(mode="json"))
+    run = submit(store, "train", bad)
     assert follow(store, run.id).status == "failed"
     with pytest.raises(InputError, match="cannot be learned"):
         finished_result(store, run.id)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from luthier.errors import ConflictError, InputError, LuthierError, MissingDependencyError, RunStopped
 from luthier.records.dataset import SplitConfig
@@ -165,3 +166,18 @@ def test_a_data_set_that_does_not_fit_into_memory_is_planned_as_any_other(
     assert list(spooled.material.examples) == list(held.material.examples)
     assert spooled.material.report == held.material.report
     assert plan(store, asked, measure=False).tokens_per_epoch == sum(len(e.tokens) for e in held.material.examples)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"dpo": {"beta": 0.2}}, "dpo"),
+        ({"mode": "full", "lora_rank": 8}, "lora_rank"),
+        ({"base_bits": 8}, "base_bits"),
+        ({"method": "classification", "too_long": "drop"}, "too_long"),
+        ({"method": "kto", "equal_answers": "drop"}, "equal_answers"),
+    ],
+)
+def test_options_that_would_do_nothing(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValidationError, match=f"no effect: {name} "):
+        TrainingConfig.model_validate(options)

@@ -104,6 +104,6 @@ def test_training_goes_on_from_a_tuned_model(store: Store, tmp_path: Path) -> No
     second = train(store, tmp_path, pairs(), first.name, method="dpo", learning_rate=1e-3, epochs=1)
     assert second.base == first.base
     assert second.parent == first.name
-    with pytest.raises(InputError, match="mode=full, lora_rank"):
-        train(store, tmp_path, pairs(), first.name, method="dpo", mode="full", lora_rank=4)
+    with pytest.raises(InputError, match="mode=dora, lora_rank"):
+        train(store, tmp_path, pairs(), first.name, method="dpo", mode="dora", lora_rank=4)
     assert second.training.steps < first.training.steps

@@ -48,7 +48,7 @@ def evaluate(
         few_shot=few_shot,
         max_examples=max_examples,
     )
-    run = submit(store, "evaluate", request.model_dump(mode="json"))
+    run = submit(store, "evaluate", request)
     follow_run(store, run.id, quiet=as_json)
     evaluation = store.evaluations.get(finished_result(store, run.id)["evaluation"])
     if as_json:

@@ -60,7 +60,7 @@ def train(
         return
     if not as_json:
         _show_plan(plan_run(store, request, measure=False))
-    run = submit(store, "train", request.model_dump(mode="json"))
+    run = submit(store, "train", request)
     if detach:
         start(store, run.id)
         show_json(run) if as_json else typer.echo(f"{run.id} is queued. Follow it: luthier run logs {run.id} --follow")

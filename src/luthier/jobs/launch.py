@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from luthier.errors import EngineError
 from luthier.jobs.worker import is_dead
+from luthier.records.record import Record
 from luthier.records.run import Run, RunEvent, RunKind
 from luthier.store.store import Store
 
@@ -26,8 +26,9 @@ SHARES_ITS_CORES = {"GOMP_SPINCOUNT": "1000"}
 OnEvent = Callable[[RunEvent], None]
 
 
-def submit(store: Store, kind: RunKind, config: dict[str, Any]) -> Run:
+def submit(store: Store, kind: RunKind, request: Record) -> Run:
     """Put a run into the queue and return it."""
+    config = request.model_dump(mode="json")
     run_id = f"{kind}-{time.strftime('%y%m%d', time.gmtime())}-{secrets.token_hex(4)}"
     return store.runs.add(run_id, kind, config)
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.records.columns import Columns
-from luthier.records.objectives import DpoOptions, KtoOptions, Method, OrpoOptions, RewardOptions, SupervisedOptions
+from luthier.records.objectives import (
+    PAIRED,
+    DpoOptions,
+    KtoOptions,
+    Method,
+    OrpoOptions,
+    RewardOptions,
+    SupervisedOptions,
+)
 from luthier.records.record import Record
 
 Mode = Literal["lora", "rslora", "dora", "qlora", "full", "last_layers"]
@@ -17,6 +25,24 @@ AUTO: Auto = "auto"
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+METHODS: frozenset[Method] = frozenset(get_args(Method))
+MODES: frozenset[Mode] = frozenset(get_args(Mode))
+ADAPTERS: frozenset[Mode] = MODES - {"full", "last_layers"}
+# What an option is for, where that is not every method or mode.
+METHODS_OF: dict[str, frozenset[Method]] = {
+    **{name: frozenset({name}) for name in ("dpo", "orpo", "kto", "reward")},
+    "supervised": frozenset({"supervised", "raw_text"}),
+    "equal_answers": PAIRED,
+    "too_long": METHODS
+    - {"raw_text", "classification", "regression"},  # these cut documents into pieces, and texts off
+    "missing_end_of_turn": METHODS - {"raw_text", "classification", "regression"},
+}
+MODES_OF: dict[str, frozenset[Mode]] = {
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ADAPTERS),
+    "base_bits": frozenset({"qlora"}),
+    "last_layers": frozenset({"last_layers"}),
+}
 
 
 class TrainingConfig(Record):
@@ -73,6 +99,20 @@ class TrainingConfig(Record):
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field((), description="log there too, beside TensorBoard")
     seed: int = Field(0, ge=0, lt=2**31, description="order of the examples and the adapter's start")
 
+    @model_validator(mode="after")
+    def _refuse_options_without_effect(self) -> Self:
+        fields = type(self).model_fields
+        changed = {name for name in fields if getattr(self, name) != fields[name].default}
+        idle = [
+            f"{name} (method={self.method})"
+            for name in sorted(changed)
+            if self.method not in METHODS_OF.get(name, METHODS)
+        ]
+        idle += [f"{name} (mode={self.mode})" for name in sorted(changed) if self.mode not in MODES_OF.get(name, MODES)]
+        if idle:
+            raise ValueError(f"these options would have no effect: {', '.join(idle)}")
+        return self
+
 
 class Resolved(Record):
     """The numbers that a run uses, after every ``auto`` was derived."""
@@ -110,7 +150,7 @@ class Resolved(Record):
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter is trained, and not the model's own weights."""
-        return self.mode not in ("full", "last_layers")
+        return self.mode in ADAPTERS
 
 
 class Derived(Record):

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.objectives import Method
-from luthier.records.training import AUTO, Derived, Resolved, TrainingConfig
+from luthier.records.training import ADAPTERS, AUTO, Derived, Resolved, TrainingConfig
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def resolve(
     steps = max(1, math.ceil(examples * epochs / batch_size))
     rank = config.lora_rank if config.lora_rank != AUTO else 16
     alpha = config.lora_alpha if config.lora_alpha != AUTO else 2.0 * rank
-    if config.mode not in ("full", "last_layers"):
+    if config.mode in ADAPTERS:
         reasons.pick("LoRA rank", config.lora_rank, rank, "enough for tasks of up to some 10,000 examples")
         reasons.pick("LoRA alpha", config.lora_alpha, alpha, "twice the rank, so its scale is 2")
     learning_rate = _learning_rate(config, shape, batch_size, reasons)
@@ -142,7 +142,7 @@ def _batch_size(examples: int) -> int:
 def _learning_rate(config: TrainingConfig, shape: ModelShape, batch_size: int, reasons: Reasons) -> float:
     width = math.sqrt(REFERENCE_WIDTH / shape.width)
     batch = math.sqrt(min(1.0, batch_size / REFERENCE_BATCH))
-    method = RULES[config.method].rate * (FULL_RATE if config.mode in ("full", "last_layers") else 1.0)
+    method = RULES[config.method].rate * (FULL_RATE if config.mode not in ADAPTERS else 1.0)
     derived = REFERENCE_LEARNING_RATE * width * batch * method * config.learning_rate_multiplier
     reason = (
         f"{REFERENCE_LEARNING_RATE:g} at width {REFERENCE_WIDTH} and batch {REFERENCE_BATCH}, "

@@ -87,7 +87,7 @@ def evaluate_model(store: Store, request: EvaluateRequest, on_event: OnEvent | N
         RunStopped: the run was paused or cancelled.
         LuthierError: the run failed; the message is its own.
     """
-    run = follow(store, submit(store, "evaluate", request.model_dump(mode="json")).id, on_event)
+    run = follow(store, submit(store, "evaluate", request).id, on_event)
     return store.evaluations.get(finished_result(store, run.id)["evaluation"])
 
 

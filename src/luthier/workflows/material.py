@@ -263,7 +263,10 @@ def _check_kind(base: BaseModelInfo, options: TrainingConfig) -> None:
 
 def _check_going_on(name: str, options: TrainingConfig) -> None:
     """Refuse options that an adapter which is there already has decided."""
-    given = [option for option in ("lora_rank", "lora_alpha", "lora_dropout") if option in options.model_fields_set]
+    fields = TrainingConfig.model_fields
+    given = [
+        name for name in ("lora_rank", "lora_alpha", "lora_dropout") if getattr(options, name) != fields[name].default
+    ]
     if options.mode not in ("lora", "qlora") or given:
         chosen = [f"mode={options.mode}", *given]
         raise InputError(

@@ -60,7 +60,7 @@ def train_model(store: Store, request: TrainRequest, on_event: OnEvent | None = 
         RunStopped: the run was paused or cancelled.
         LuthierError: the run failed; the message is its own.
     """
-    run = follow(store, submit(store, "train", request.model_dump(mode="json")).id, on_event)
+    run = follow(store, submit(store, "train", request).id, on_event)
     return store.models.get(finished_result(store, run.id)["model"])
 
 
