@@ -27,9 +27,12 @@ fix: setup
 
 setup: $(STAMP)
 
-# torch goes first and alone: packages that need it would otherwise choose a build of their own.
+# torch goes first and alone: packages that need it would otherwise choose a build of their own. The tests drive the
+# service with three majors of OpenAI's package: two lie in folders of their own.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local]' $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,telemetry]' $(DEV)
+	for major in 1 2; do $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/sdk/$$major "openai>=$$major,<$$((major + 1))"; done
 	touch $(STAMP)

@@ -5,8 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +15,15 @@ import psutil
 import pytest
 
 from luthier.api.app import create_app
-from luthier.api.server import Server, listen, serve
+from luthier.api.server import serve
+from luthier.api.service import Limits, Service
 from luthier.errors import ConflictError, InputError, NotFoundError
 from luthier.llm.remote import RemoteModel
 from luthier.records.completion import Sampling
 from luthier.records.example import Message
 from luthier.serve.pool import ModelPool, ServedModelInfo
+from luthier.store.store import Store
+from tests.api.conftest import Live
 
 NAME = "ft:tiny:acme:greeter:abc123"
 ALIAS = "org/greeter@production"
@@ -31,56 +33,42 @@ LONG = 1900
 CHOICES = 64
 
 
-class Service:
-    """A real server on loopback, in a thread of its own."""
+class Shelf:
+    """One model folder under two names."""
 
-    def __init__(self, folder: Path, **options: object) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folders = {NAME: folder, ALIAS: folder}
-        self.pool = ModelPool(self.resolve, self.names)
-        ready = threading.Event()
-        self.listener = listen("127.0.0.1", 0)
-        self.server = Server(create_app(self.pool, **options), self.listener, lambda _: ready.set())  # type: ignore[arg-type]
-        self.url = self.server.url
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
-        self.thread.start()
-        assert ready.wait(30)
 
-    def resolve(self, name: str) -> Path:
+    def resolve(self, project: str, name: str) -> Path:
         if name not in self.folders:
             raise NotFoundError(f"The model {name!r} does not exist.")
         return self.folders[name]
 
-    def names(self) -> list[ServedModelInfo]:
+    def names(self, project: str) -> list[ServedModelInfo]:
         return [ServedModelInfo(name, created=1_700_000_000, root="tiny") for name in self.folders]
 
-    def client(self, **options: object) -> openai.OpenAI:
-        settings = {"api_key": KEY, "max_retries": 0, "_strict_response_validation": True} | options
-        return openai.OpenAI(base_url=f"{self.url}/v1", **settings)  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-        self.listener.close()
+    def pool(self) -> ModelPool:
+        return ModelPool(self.resolve, self.names)
 
 
 @pytest.fixture(scope="module")
-def service(endless_model: Path) -> Iterator[Service]:
-    service = Service(endless_model)
-    yield service
-    service.close()
+def live(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    live = Live(tmp_path_factory.mktemp("chat") / "home", Shelf(endless_model).pool())
+    yield live
+    live.close()
 
 
-def assert_engine_is_free(service: Service) -> None:
+def assert_engine_is_free(live: Live) -> None:
     """See that a full-length answer is the only one that the engine works on."""
-    (loaded,) = service.pool.loaded
+    (loaded,) = live.service.pool.loaded
     before = loaded.engine.generated_tokens
-    service.client().chat.completions.create(model=NAME, **HELLO, max_tokens=LONG)
+    live.client().chat.completions.create(model=NAME, **HELLO, max_tokens=LONG)
     assert loaded.engine.generated_tokens - before < CHOICES * LONG  # it stopped before the end
     assert loaded.engine.in_flight == 0
 
 
-def test_the_openai_client_gets_an_answer(service: Service) -> None:
-    answer = service.client().chat.completions.create(model=NAME, **HELLO, max_tokens=5)
+def test_the_openai_client_gets_an_answer(live: Live) -> None:
+    answer = live.client().chat.completions.create(model=NAME, **HELLO, max_tokens=5)
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
@@ -89,9 +77,9 @@ def test_the_openai_client_gets_an_answer(service: Service) -> None:
     assert answer._request_id.startswith("req_")
 
 
-def test_the_openai_client_reads_a_stream(service: Service) -> None:
+def test_the_openai_client_reads_a_stream(live: Live) -> None:
     options = {"model": NAME, "max_tokens": 25} | HELLO
-    stream = service.client().chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    stream = live.client().chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == "length"
@@ -99,24 +87,24 @@ def test_the_openai_client_reads_a_stream(service: Service) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
 
 
-def test_a_stream_ends_with_done(service: Service) -> None:
+def test_a_stream_ends_with_done(live: Live) -> None:
     body = {"model": NAME, "max_tokens": 3, "stream": True} | HELLO
-    response = httpx.post(f"{service.url}/v1/chat/completions", json=body)
+    response = httpx.post(f"{live.url}/v1/chat/completions", json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
     events = response.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(event.startswith("data: {") for event in events[:-2])
 
 
-def test_many_clients_at_once_are_answered(service: Service) -> None:
-    create = service.client().chat.completions.create
+def test_many_clients_at_once_are_answered(live: Live) -> None:
+    create = live.client().chat.completions.create
     with ThreadPoolExecutor(10) as executor:
         futures = [executor.submit(create, model=ALIAS, **HELLO, max_tokens=20) for _ in range(20)]
         assert all(future.result().usage.completion_tokens == 20 for future in futures)
 
 
-def test_models_are_listed_and_retrieved_by_names_with_slashes_and_colons(service: Service) -> None:
-    client = service.client()
+def test_models_are_listed_and_retrieved_by_names_with_slashes_and_colons(live: Live) -> None:
+    client = live.client()
     assert [model.id for model in client.models.list()] == [NAME, ALIAS]
     assert client.models.retrieve(ALIAS).id == ALIAS
     assert client.models.retrieve(NAME).owned_by == "luthier"
@@ -124,15 +112,15 @@ def test_models_are_listed_and_retrieved_by_names_with_slashes_and_colons(servic
         client.models.retrieve("org/greeter@produktion")
 
 
-def test_an_unknown_model_is_not_found(service: Service) -> None:
+def test_an_unknown_model_is_not_found(live: Live) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        service.client().chat.completions.create(model="nobody", **HELLO)
+        live.client().chat.completions.create(model="nobody", **HELLO)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     assert caught.value.request_id
 
 
-def test_a_bad_option_is_a_bad_request_that_names_it(service: Service) -> None:
-    client = service.client()
+def test_a_bad_option_is_a_bad_request_that_names_it(live: Live) -> None:
+    client = live.client()
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=NAME, **HELLO, response_format={"type": "json_object"})
     assert caught.value.param == "response_format"
@@ -144,82 +132,76 @@ def test_a_bad_option_is_a_bad_request_that_names_it(service: Service) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_broken_and_oversized_bodies_are_refused(endless_model: Path) -> None:
-    service = Service(endless_model, max_body_bytes=1000)
-    try:
-        url = f"{service.url}/v1/chat/completions"
-        assert httpx.post(url, content=b"{nope").json()["error"]["type"] == "invalid_request_error"
-        response = httpx.post(url, json={"messages": "x" * 2000})
-        assert response.status_code == 413
-        assert response.json()["error"]["code"] == "request_too_large"
-        assert httpx.post(url, json=[1]).status_code == 400
-        unknown = httpx.get(f"{service.url}/v1/nothing")
-        assert unknown.status_code == 404
-        assert unknown.json()["error"]["message"]
-    finally:
-        service.close()
+def test_broken_and_oversized_bodies_are_refused(start_live: Callable[..., Live]) -> None:
+    live = start_live(limits=Limits(body_bytes=1000))
+    url = f"{live.url}/v1/chat/completions"
+    assert httpx.post(url, content=b"{nope").json()["error"]["type"] == "invalid_request_error"
+    response = httpx.post(url, json={"messages": "x" * 2000})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+    assert httpx.post(url, json=[1]).status_code == 400
+    unknown = httpx.get(f"{live.url}/v1/nothing")
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["message"]
 
 
-def test_a_key_is_asked_for_where_one_is_set(endless_model: Path) -> None:
-    service = Service(endless_model, api_key=KEY)
-    try:
-        assert list(service.client().models.list())
-        with pytest.raises(openai.AuthenticationError) as caught:
-            service.client(api_key="wrong").models.list()
-        assert caught.value.code == "invalid_api_key"
-        assert httpx.get(f"{service.url}/v1/models").status_code == 401
-        assert httpx.get(f"{service.url}/health").json() == {"status": "ok"}
-    finally:
-        service.close()
+def test_a_key_of_the_environment_is_asked_for(start_live: Callable[..., Live]) -> None:
+    live = start_live(api_key=KEY)
+    assert list(live.client(KEY).models.list()) == []
+    with pytest.raises(openai.AuthenticationError) as caught:
+        live.client(api_key="wrong").models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert httpx.get(f"{live.url}/v1/models").status_code == 401
+    assert httpx.get(f"{live.url}/health").json() == {"status": "ok"}
 
 
-def test_a_client_that_leaves_a_stream_frees_the_engine(service: Service) -> None:
-    client = service.client()
+def test_a_client_that_leaves_a_stream_frees_the_engine(live: Live) -> None:
+    client = live.client()
     stream = client.chat.completions.create(model=NAME, **HELLO, n=CHOICES, max_tokens=LONG, stream=True)
     next(iter(stream))
     stream.close()
-    assert_engine_is_free(service)
+    assert_engine_is_free(live)
 
 
-def test_a_client_that_leaves_while_it_waits_frees_the_engine(service: Service) -> None:
-    service.client().chat.completions.create(model=NAME, **HELLO, max_tokens=1)
+def test_a_client_that_leaves_while_it_waits_frees_the_engine(live: Live) -> None:
+    live.client().chat.completions.create(model=NAME, **HELLO, max_tokens=1)
     body = {"model": NAME, "max_tokens": LONG, "n": CHOICES} | HELLO
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.2))
-    assert_engine_is_free(service)
+        httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.2))
+    assert_engine_is_free(live)
 
 
-def test_a_killed_engine_fails_the_stream_and_the_next_request_is_answered(service: Service) -> None:
-    client = service.client()
+def test_a_killed_engine_fails_the_stream_and_the_next_request_is_answered(live: Live) -> None:
+    client = live.client()
     stream = client.chat.completions.create(model=NAME, **HELLO, max_tokens=LONG, stream=True)
     chunks = iter(stream)
     next(chunks)
-    (loaded,) = service.pool.loaded
+    (loaded,) = live.service.pool.loaded
     os.kill(loaded.engine.pid, signal.SIGKILL)
     with pytest.raises(openai.APIError, match=r"died \(signal 9\)"):
         list(chunks)
     answer = client.chat.completions.create(model=NAME, **HELLO, max_tokens=3)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 3
-    assert [model.engine.pid for model in service.pool.loaded] != [loaded.engine.pid]
+    assert [model.engine.pid for model in live.service.pool.loaded] != [loaded.engine.pid]
 
 
-def test_ten_concurrent_first_requests_start_one_engine(endless_model: Path) -> None:
+def test_ten_concurrent_first_requests_start_one_engine(endless_model: Path, tmp_path: Path) -> None:
     before = {child.pid for child in psutil.Process().children()}
-    service = Service(endless_model)
-    client = service.client()
+    live = Live(tmp_path / "home", Shelf(endless_model).pool())
+    client = live.client()
     with ThreadPoolExecutor(10) as executor:
         create = client.chat.completions.create
         futures = [executor.submit(create, model=NAME, **HELLO, max_tokens=2) for _ in range(10)]
         assert all(future.result().choices for future in futures)
     started = {child.pid for child in psutil.Process().children()} - before
     assert len(started) == 1
-    service.close()
+    live.close()
     assert not any(psutil.pid_exists(pid) for pid in started)
 
 
-def test_our_own_remote_model_can_ask_our_server(service: Service) -> None:
-    model = RemoteModel(f"{service.url}/v1", NAME, want_logprobs=True)
+def test_our_own_remote_model_can_ask_our_server(live: Live) -> None:
+    model = RemoteModel(f"{live.url}/v1", NAME, want_logprobs=True)
     prompts = [[Message(role="user", content=f"number {number}")] for number in range(5)]
     completions = model.answer(prompts, Sampling(max_tokens=4))
     model.close()
@@ -227,14 +209,16 @@ def test_our_own_remote_model_can_ask_our_server(service: Service) -> None:
     assert all(completion.logprobs is not None and len(completion.logprobs) == 4 for completion in completions)
 
 
-def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(endless_model: Path) -> None:
+def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(endless_model: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom luthier.api.app import create_app\n"
-        "from luthier.api.server import serve\nfrom luthier.serve.pool import ModelPool\n"
-        "pool = ModelPool(lambda name: Path(sys.argv[1]), list)\n"
-        "serve(create_app(pool), '127.0.0.1', 0, lambda url: print(url, flush=True))"
+        "from luthier.api.server import serve\nfrom luthier.api.service import Service\n"
+        "from luthier.serve.pool import ModelPool\nfrom luthier.store.store import Store\n"
+        "pool = ModelPool(lambda project, name: Path(sys.argv[1]), lambda project: [])\n"
+        "app = create_app(Service(Store(Path(sys.argv[2])), pool))\n"
+        "serve(app, '127.0.0.1', 0, lambda url: print(url, flush=True))"
     )
-    command = [sys.executable, "-c", code, str(endless_model)]
+    command = [sys.executable, "-c", code, str(endless_model), str(tmp_path / "home")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stderr is not None
@@ -249,8 +233,8 @@ def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(endless_model:
     assert not engine.is_running()
 
 
-def test_a_taken_port_and_a_foreign_address_are_told(endless_model: Path) -> None:
-    app = create_app(ModelPool(lambda _: endless_model, list))
+def test_a_taken_port_and_a_foreign_address_are_told(tmp_path: Path) -> None:
+    app = create_app(Service(Store(tmp_path / "home"), ModelPool(lambda *_: tmp_path, lambda _: [])))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -6,18 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from luthier.errors import CapacityError, ConflictError, EngineError, InputError, LuthierError, NotFoundError
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.example import Message
-from luthier.serve.api_error import ApiError, as_api_error
+from luthier.serve.api_error import ApiError, as_api_error, field_error
 from luthier.serve.chat import complete_chat, prepare_chat, stream_chat
-from luthier.serve.chat_request import parse_chat_request
+from luthier.serve.chat_request import ChatRequest, refuse_unsupported
 from luthier.serve.pool import LoadedModel
 from luthier.templates.chat_format import ChatFormat
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 SHORT = HELLO | {"max_tokens": 6, "temperature": 0}
+
+
+def parse_chat_request(body: Any) -> ChatRequest:
+    """Parse a body as the route does."""
+    try:
+        request = ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise field_error([(item["loc"], item["msg"], item["type"]) for item in error.errors()]) from error
+    refuse_unsupported(request)
+    return request
 
 
 def with_model(folder: Path, scenario: Callable[[LoadedModel], Awaitable[Any]]) -> Any:
@@ -79,8 +90,6 @@ def test_a_missing_field_is_told_as_missing() -> None:
     with pytest.raises(ApiError) as caught:
         parse_chat_request({"messages": HELLO["messages"]})
     assert (caught.value.param, caught.value.code) == ("model", "missing_required_parameter")
-    with pytest.raises(ApiError, match="JSON object"):
-        parse_chat_request([])
 
 
 def test_options_that_do_not_change_the_answer_are_tolerated() -> None:

@@ -21,13 +21,13 @@ class Shelf:
         self.folders = folders
         self.asked: list[str] = []
 
-    def resolve(self, name: str) -> Path:
+    def resolve(self, project: str, name: str) -> Path:
         self.asked.append(name)
         if name not in self.folders:
             raise NotFoundError(f"The model {name!r} does not exist.")
         return self.folders[name]
 
-    def names(self) -> list[ServedModelInfo]:
+    def names(self, project: str) -> list[ServedModelInfo]:
         return [ServedModelInfo(name, created=1) for name in self.folders]
 
 

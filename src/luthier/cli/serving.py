@@ -27,7 +27,9 @@ def serve(
     """Serve all models through OpenAI's chat completions API."""
     from luthier.api.app import create_app
     from luthier.api.server import serve as run_server
+    from luthier.api.service import Service
     from luthier.errors import InputError
+    from luthier.settings import load_settings
     from luthier.workflows.serving import model_pool
 
     if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
@@ -48,8 +50,8 @@ def serve(
 
     if announce:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    pool = model_pool(store, folders, only_extra=only_extra)
-    run_server(create_app(pool, api_key=api_key), host, port, ready)
+    pool = model_pool(store, folders, only_extra=only_extra, stand_ins=load_settings().stand_ins)
+    run_server(create_app(Service(store, pool, api_key)), host, port, ready)
 
 
 def _end_with_standard_input() -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from luthier.errors import EngineError
 from luthier.jobs.worker import is_dead
+from luthier.records.access import DEFAULT_PROJECT
 from luthier.records.record import Record
 from luthier.records.run import Run, RunEvent, RunKind
+from luthier.records.stored import Metadata
 from luthier.store.store import Store
 
 POLL_SECONDS = 0.1
@@ -26,11 +28,18 @@ SHARES_ITS_CORES = {"GOMP_SPINCOUNT": "1000"}
 OnEvent = Callable[[RunEvent], None]
 
 
-def submit(store: Store, kind: RunKind, request: Record) -> Run:
+def submit(
+    store: Store,
+    kind: RunKind,
+    request: Record,
+    *,
+    project: str = DEFAULT_PROJECT,
+    metadata: Metadata | None = None,
+) -> Run:
     """Put a run into the queue and return it."""
     config = request.model_dump(mode="json")
     run_id = f"{kind}-{time.strftime('%y%m%d', time.gmtime())}-{secrets.token_hex(4)}"
-    return store.runs.add(run_id, kind, config)
+    return store.runs.add(run_id, kind, config, project=project, metadata=metadata)
 
 
 def start(store: Store, run_id: str, worker: Sequence[str] = WORKER) -> subprocess.Popen[bytes]:

@@ -58,7 +58,7 @@ def is_dead(owner: str) -> bool:
 def work(store: Store, run_id: str | None = None) -> bool:
     """Take one run (a certain one, if named) and execute it here; return whether there was one."""
     owner = this_owner()
-    run = store.runs.claim(owner, LEASE_SECONDS, is_dead, run_id)
+    run = store.runs.claim(owner, LEASE_SECONDS, is_dead, run_id, kinds=WORKFLOWS)
     if run is None:
         return False
     if run.attempts > 1:

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from luthier.errors import InputError
+from luthier.records.access import DEFAULT_PROJECT
 from luthier.records.objectives import Product
 from luthier.records.record import Record
 from luthier.records.template import TemplateVersion
@@ -24,6 +25,15 @@ class Artifact(Record):
     path: str
     bytes: int
     sha256: dict[str, str]
+
+
+class Alias(Record):
+    """A name such as ``support@production`` that points at one model of a project at a time (times in Unix seconds)."""
+
+    project: str
+    name: str
+    model: str
+    created_at: float
 
 
 class FormParity(Record):
@@ -63,6 +73,7 @@ class TunedModel(Record):
     """
 
     name: str
+    project: str = DEFAULT_PROJECT
     base: str
     base_sha256: str
     run_id: str

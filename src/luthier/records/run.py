@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from luthier.records.access import DEFAULT_PROJECT
 from luthier.records.record import Record
+from luthier.records.stored import Metadata
 
-RunKind = Literal["train", "evaluate"]
+RunKind = Literal["train", "evaluate", "batch", "eval_run"]
 RunStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 RunRequest = Literal["pause", "cancel"]
 EventLevel = Literal["info", "warning", "error"]
@@ -28,6 +30,8 @@ class Run(Record):
     id: str
     kind: RunKind
     status: RunStatus
+    project: str = DEFAULT_PROJECT
+    metadata: Metadata | None = None
     config: dict[str, Any]
     result: dict[str, Any] | None = None
     error: str | None = None

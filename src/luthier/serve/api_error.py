@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from luthier.errors import (
@@ -14,6 +15,7 @@ from luthier.errors import (
 )
 
 RETRY_AFTER_SECONDS = 1
+MAX_FINDINGS = 8
 STATUSES: tuple[tuple[type[LuthierError], int, str, str | None], ...] = (
     (InputError, 400, "invalid_request_error", None),
     (NotFoundError, 404, "invalid_request_error", "not_found"),
@@ -59,6 +61,32 @@ class ApiError(LuthierError):
         if self.status == 409:
             return {"x-should-retry": "false"}
         return {"retry-after": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+
+
+def model_not_found(message: str) -> ApiError:
+    """Return the error of a model that the caller does not have."""
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def field_error(findings: Sequence[tuple[tuple[int | str, ...], str, str]]) -> ApiError:
+    """Return pydantic's findings (place, message, kind) as one error.
+
+    ``param`` is the path of the innermost field, as in ``messages[0].role``.
+    """
+    found = [(_path(place), message, kind) for place, message, kind in findings]
+    param, _, kind = max(found, key=lambda finding: len(finding[0]))
+    return ApiError(
+        400,
+        "; ".join(f"{path}: {message}" if path else message for path, message, _ in found[:MAX_FINDINGS]),
+        param=param or None,
+        code="missing_required_parameter" if kind == "missing" else "invalid_value",
+    )
+
+
+def _path(place: tuple[int | str, ...]) -> str:
+    """Return pydantic's place of a finding without the members of unions that it tried (``str``, ``list[…]``)."""
+    parts = [part for part in place if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def as_api_error(error: LuthierError) -> ApiError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.records.example import Message, Role
 from luthier.serve.api_error import ApiError
@@ -40,15 +40,17 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     """One turn as OpenAI writes it."""
 
+    model_config = ConfigDict(extra="allow")
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
 
     def as_message(self) -> Message:
         """Return the turn as a record; "developer" is the newer word for "system"."""
         role: Role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return Message(role=role, content=self.content)
-        return Message(role=role, content="".join(part.text for part in self.content))
+        return Message(role=role, content="".join(part.text for part in self.content or ()))
 
 
 class StreamOptions(BaseModel):
@@ -93,49 +95,25 @@ class ChatRequest(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-def parse_chat_request(body: Any) -> ChatRequest:
-    """Return a request, checked.
+def refuse_unsupported(request: ChatRequest) -> None:
+    """Refuse what would change an answer and cannot be done here.
 
     Raises:
         ApiError: 400; ``param`` is the path of the offending field.
     """
-    if not isinstance(body, dict):
-        raise ApiError(400, f"The body must be a JSON object, not {type(body).__name__}.")
+    given = request.model_extra or {}
     for name, (is_used, what) in REFUSED.items():
-        if is_used(body.get(name)):
+        if is_used(given.get(name)):
             raise ApiError(400, f"{name!r}: {what} is not supported here.", param=name, code="unsupported_parameter")
-    _refuse_calls(body.get("messages"))
-    try:
-        return ChatRequest.model_validate(body)
-    except ValidationError as error:
-        raise _field_error(error) from error
-
-
-def _refuse_calls(messages: Any) -> None:
-    for index, message in enumerate(messages if isinstance(messages, list) else []):
+    for index, message in enumerate(request.messages):
+        if message.content is None and not (message.model_extra or {}).get("tool_calls"):
+            param = f"messages[{index}].content"
+            raise ApiError(400, f"{param}: Field required", param=param, code="missing_required_parameter")
         for name in ("tool_calls", "function_call", "audio"):
-            if _field(message, name):
+            if (message.model_extra or {}).get(name):
                 param = f"messages[{index}].{name}"
                 raise ApiError(400, f"{param}: not supported here.", param=param, code="unsupported_parameter")
 
 
 def _field(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
-
-
-def _field_error(error: ValidationError) -> ApiError:
-    """Return all findings as one error; ``param`` is the innermost field's path, as in ``messages[0].role``."""
-    findings = [(_path(item["loc"]), item["msg"], item["type"]) for item in error.errors()]
-    param, _, kind = max(findings, key=lambda finding: len(finding[0]))
-    return ApiError(
-        400,
-        "; ".join(f"{path}: {message}" for path, message, _ in findings),
-        param=param,
-        code="missing_required_parameter" if kind == "missing" else "invalid_value",
-    )
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """Return pydantic's location without the members of unions that it tried (``str``, ``list[…]``)."""
-    parts = [part for part in location if isinstance(part, int) or (part.isidentifier() and part != "str")]
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from luthier.errors import CapacityError, EngineError
 from luthier.llm.engine_process import EngineOptions, EngineProcess
+from luthier.records.access import DEFAULT_PROJECT
 from luthier.templates.chat_format import ChatFormat
 
 ROOM_DEADLINE_SECONDS = 60.0
@@ -59,9 +60,10 @@ class ModelPool:
     """Running models by name. Everything but the constructor belongs to one event loop.
 
     Args:
-        resolve: Returns the served model folder of a name, or raises NotFoundError. It is asked for every request, in
-            a worker thread, so that an alias can be pointed elsewhere at any time. Names of one folder share an engine.
-        names: Returns the models that a client may list.
+        resolve: Returns the served model folder of (project, name), or raises NotFoundError. It is asked for every
+            request, in a worker thread, so that an alias can be pointed elsewhere at any time. Names of one folder
+            share an engine.
+        names: Returns the models that a project may list.
         max_loaded: How many engines may run at once; the least recently used idle one makes room.
         options: How to run an engine.
         room_deadline_seconds: How long a request waits for room when all engines are busy.
@@ -69,8 +71,8 @@ class ModelPool:
 
     def __init__(
         self,
-        resolve: Callable[[str], Path],
-        names: Callable[[], list[ServedModelInfo]],
+        resolve: Callable[[str, str], Path],
+        names: Callable[[str], list[ServedModelInfo]],
         *,
         max_loaded: int = 2,
         options: EngineOptions | None = None,
@@ -86,9 +88,9 @@ class ModelPool:
         self._released = asyncio.Event()
         self._closed = False
 
-    def models(self) -> list[ServedModelInfo]:
-        """Return the models that a client may list."""
-        return self._names()
+    def models(self, project: str = DEFAULT_PROJECT) -> list[ServedModelInfo]:
+        """Return the models that a project may list."""
+        return self._names(project)
 
     @property
     def loaded(self) -> list[LoadedModel]:
@@ -97,15 +99,15 @@ class ModelPool:
         return [slot.loading.result() for slot in slots]
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[LoadedModel]:
-        """Hold a model for one request; it is loaded if need be, and is not unloaded before the end.
+    async def lease(self, name: str, project: str = DEFAULT_PROJECT) -> AsyncIterator[LoadedModel]:
+        """Hold a model of a project for one request; it is loaded if need be, and is not unloaded before the end.
 
         Raises:
             NotFoundError: no such model.
             EngineError: the model cannot be loaded.
             CapacityError: all engines stayed busy until the deadline.
         """
-        folder = await asyncio.to_thread(self._resolve, name)
+        folder = await asyncio.to_thread(self._resolve, project, name)
         slot = self._slot(folder)
         slot.users += 1
         try:

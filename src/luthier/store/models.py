@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import sqlalchemy as sa
 
 from luthier.errors import NotFoundError, did_you_mean
 from luthier.records.base_model import BaseModelInfo
-from luthier.records.model import Artifact, ArtifactKind, TunedModel, folder_name
+from luthier.records.model import Alias, Artifact, ArtifactKind, TunedModel, folder_name
 from luthier.store.artifacts import Artifacts, check_hashes, file_hashes, folder_bytes
 from luthier.store.database import Database
-from luthier.store.tables import base_models, models
+from luthier.store.tables import aliases, base_models, models
 
 
 class ModelStore:
@@ -76,6 +77,7 @@ class ModelStore:
     def add(self, model: TunedModel) -> None:
         """Enter a finished model into the registry; entering the same run's model again replaces it."""
         row = {"name": model.name, "run_id": model.run_id, "created_at": model.created_at.timestamp()}
+        row |= {"project": model.project}
         with self._database.write() as connection:
             connection.execute(sa.delete(models).where(models.c.run_id == model.run_id))
             connection.execute(sa.insert(models).values(**row, record=model.model_dump(mode="json")))
@@ -86,13 +88,15 @@ class ModelStore:
         with self._database.write() as connection:
             connection.execute(change)
 
-    def get(self, name: str) -> TunedModel:
+    def get(self, name: str, *, project: str | None = None) -> TunedModel:
         """Return a tuned model by its ``ft:`` name, or by the id at its end where that is unique.
+
+        ``project`` leaves out the models of others.
 
         Raises:
             NotFoundError: there is none.
         """
-        known = {model.name: model for model in self.all()}
+        known = {model.name: model for model in self.all(project=project)}
         if name in known:
             return known[name]
         ending = [model for model in known.values() if model.name.endswith(f":{name}")]
@@ -100,8 +104,50 @@ class ModelStore:
             return ending[0]
         raise NotFoundError(f"There is no tuned model {name!r}.{did_you_mean(name, known)}", hint="luthier model list")
 
-    def all(self) -> list[TunedModel]:
-        """Return all tuned models, the newest first."""
+    def all(self, *, project: str | None = None) -> list[TunedModel]:
+        """Return all tuned models, or those of a project, the newest first."""
         query = sa.select(models.c.record).order_by(models.c.created_at.desc())
+        if project is not None:
+            query = query.where(models.c.project == project)
         with self._database.read() as connection:
             return [TunedModel.model_validate(record) for record in connection.execute(query).scalars()]
+
+    def remove(self, name: str, *, project: str) -> TunedModel:
+        """Delete a tuned model, its forms and its aliases, and return what it was.
+
+        Raises:
+            NotFoundError: the project has none of that name.
+        """
+        model = self.get(name, project=project)
+        with self._database.write() as connection:
+            connection.execute(sa.delete(models).where(models.c.name == model.name))
+            mine = (aliases.c.project == project) & (aliases.c.model == model.name)
+            connection.execute(sa.delete(aliases).where(mine))
+        for artifact in model.artifacts.values():
+            self._artifacts.remove(artifact.path)
+        return model
+
+    def set_alias(self, project: str, alias: str, name: str) -> None:
+        """Point an alias at a model, from now on; it may have pointed elsewhere."""
+        mine = (aliases.c.project == project) & (aliases.c.name == alias)
+        row = {"project": project, "name": alias, "model": name, "created_at": time.time()}
+        with self._database.write() as connection:
+            connection.execute(sa.delete(aliases).where(mine))
+            connection.execute(sa.insert(aliases).values(**row))
+
+    def remove_alias(self, project: str, alias: str) -> None:
+        """Delete an alias; the model that it points at stays.
+
+        Raises:
+            NotFoundError: the project has none of that name.
+        """
+        mine = (aliases.c.project == project) & (aliases.c.name == alias)
+        with self._database.write() as connection:
+            if connection.execute(sa.delete(aliases).where(mine)).rowcount == 0:
+                raise NotFoundError(f"There is no alias {alias!r}.", hint="luthier model alias")
+
+    def aliases(self, project: str) -> list[Alias]:
+        """Return a project's aliases."""
+        query = sa.select(aliases).where(aliases.c.project == project).order_by(aliases.c.name)
+        with self._database.read() as connection:
+            return [Alias.model_validate(dict(row)) for row in connection.execute(query).mappings()]

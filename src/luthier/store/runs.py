@@ -8,14 +8,16 @@ the next one, which goes on from the run's last checkpoint.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from luthier.errors import ConflictError, NotFoundError
+from luthier.records.access import DEFAULT_PROJECT
 from luthier.records.run import FINISHED, EventLevel, Run, RunEvent, RunKind, RunRequest, RunStatus
+from luthier.records.stored import Metadata
 from luthier.store.database import Database
 from luthier.store.tables import run_events, runs
 
@@ -29,21 +31,33 @@ class RunStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, run_id: str, kind: RunKind, config: dict[str, Any]) -> Run:
+    def add(
+        self,
+        run_id: str,
+        kind: RunKind,
+        config: dict[str, Any],
+        *,
+        project: str = DEFAULT_PROJECT,
+        metadata: Metadata | None = None,
+    ) -> Run:
         """Put a run into the queue."""
         row = {"id": run_id, "kind": kind, "status": "queued", "config": config, "attempts": 0}
+        row |= {"project": project, "metadata": metadata}
         with self._database.write() as connection:
             connection.execute(sa.insert(runs).values(**row, created_at=time.time()))
         return self.get(run_id)
 
-    def get(self, run_id: str) -> Run:
-        """Return a run.
+    def get(self, run_id: str, *, project: str | None = None) -> Run:
+        """Return a run, of a certain project where one is named.
 
         Raises:
             NotFoundError: there is none of that id.
         """
+        query = sa.select(runs).where(runs.c.id == run_id)
+        if project is not None:
+            query = query.where(runs.c.project == project)
         with self._database.read() as connection:
-            row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().first()
+            row = connection.execute(query).mappings().first()
         if row is None:
             raise NotFoundError(f"There is no run {run_id!r}.", hint="luthier run list")
         return _run(row)
@@ -57,15 +71,25 @@ class RunStore:
             return [_run(row) for row in connection.execute(query).mappings()]
 
     def claim(
-        self, owner: str, lease_seconds: float, is_dead: Callable[[str], bool], run_id: str | None = None
+        self,
+        owner: str,
+        lease_seconds: float,
+        is_dead: Callable[[str], bool],
+        run_id: str | None = None,
+        *,
+        kinds: Collection[RunKind] | None = None,
     ) -> Run | None:
         """Take the oldest run that waits, or whose owner is gone; None where there is none.
+
+        ``run_id`` asks for one run, ``kinds`` for those of some kinds.
 
         A run whose owners died :data:`MAX_ATTEMPTS` times is marked as failed instead of being taken again.
         """
         query = sa.select(runs).where(runs.c.status.in_(("queued", "running"))).order_by(runs.c.created_at)
         if run_id:
             query = query.where(runs.c.id == run_id)
+        if kinds is not None:
+            query = query.where(runs.c.kind.in_(kinds))
         with self._database.write() as connection:
             for row in connection.execute(query).mappings().all():
                 if row["status"] == "running" and row["lease_until"] > time.time() and not is_dead(row["owner"]):

@@ -8,6 +8,7 @@ from luthier.store.artifacts import Artifacts
 from luthier.store.database import Database
 from luthier.store.datasets import DatasetStore
 from luthier.store.evaluations import EvaluationStore
+from luthier.store.keys import KeyStore
 from luthier.store.models import ModelStore
 from luthier.store.runs import RunStore
 from luthier.store.templates import TemplateStore
@@ -30,6 +31,7 @@ class Store:
         self.models = ModelStore(self.database, self.artifacts)
         self.runs = RunStore(self.database)
         self.evaluations = EvaluationStore(self.database)
+        self.keys = KeyStore(self.database)
 
     def run_folder(self, run_id: str) -> Path:
         """Return the folder of a run's own files (log, checkpoints, TensorBoard events); made when missing."""

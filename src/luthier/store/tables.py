@@ -37,6 +37,8 @@ runs = sa.Table(
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("kind", sa.String, nullable=False),
     sa.Column("status", sa.String, nullable=False, index=True),
+    sa.Column("project", sa.String, nullable=False, server_default="default"),
+    sa.Column("metadata", sa.JSON),
     sa.Column("config", sa.JSON, nullable=False),
     sa.Column("result", sa.JSON),
     sa.Column("error", sa.Text),
@@ -66,6 +68,7 @@ models = sa.Table(
     metadata,
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("run_id", sa.String, nullable=False, unique=True),
+    sa.Column("project", sa.String, nullable=False, server_default="default"),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("record", sa.JSON, nullable=False),
 )
@@ -86,4 +89,38 @@ answers = sa.Table(
     sa.Column("example_id", sa.String, primary_key=True),
     sa.Column("contestant", sa.String, primary_key=True),
     sa.Column("record", sa.JSON, nullable=False),
+)
+
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("hash", sa.String, nullable=False, unique=True),
+    sa.Column("record", sa.JSON, nullable=False),
+)
+
+aliases = sa.Table(
+    "aliases",
+    metadata,
+    sa.Column("project", sa.String, primary_key=True),
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+# What the API keeps for projects (luthier.store.collection): files, batches, evals, completions …
+objects = sa.Table(
+    "objects",
+    metadata,
+    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String, nullable=False, unique=True),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("project", sa.String, nullable=False),
+    sa.Column("parent", sa.String),
+    sa.Column("status", sa.String),
+    sa.Column("model", sa.String),
+    sa.Column("created_at", sa.Integer, nullable=False),
+    sa.Column("record", sa.JSON, nullable=False),
+    sa.Index("objects_of_project", "kind", "project", "parent", "sequence"),
+    sa.Index("objects_by_status", "kind", "status"),
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ EXPORT_FORMATS: tuple[ExportFormat, ...] = ("adapter", "merged", "gguf-q8_0", "g
 SERVED_FORM: GgufForm = "gguf-f16"  # the more faithful one; docs/decisions/0003-engine-numerics.md
 QUANTIZATIONS: dict[GgufForm, Literal["q8_0", "f16"]] = {"gguf-q8_0": "q8_0", "gguf-f16": "f16"}
 GGUF_FILE = "model.gguf"
+ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@/-]{0,63}")
 OnStage = Callable[[str], None]
 
 
@@ -102,15 +104,61 @@ def decoder(store: Store, name: str) -> BaseModelInfo:
     return info
 
 
-def served_folder(store: Store, name: str) -> Path:
+def model_named(store: Store, project: str, name: str, stand_ins: Mapping[str, str] | None = None) -> str:
+    """Return the base or tuned model that a name means: itself, what an alias points at, or a stand-in.
+
+    Args:
+        store: Where the models are.
+        project: Whose aliases count.
+        name: What a client asks for.
+        stand_ins: Patterns such as ``gpt-4o-mini*`` → a base model; the first that fits counts.
+    """
+    if name in {base.id for base in store.models.bases()}:
+        return name
+    pointed = {alias.name: alias.model for alias in store.models.aliases(project)}
+    if name in pointed:
+        return pointed[name]
+    return next((base for pattern, base in (stand_ins or {}).items() if fnmatchcase(name, pattern)), name)
+
+
+def set_alias(store: Store, project: str, alias: str, name: str) -> None:
+    """Point an alias such as ``support@production`` at a base model or a tuned one of the project.
+
+    Raises:
+        NotFoundError: there is no such model.
+        InputError: the alias is not such a name, or it would hide a model.
+    """
+    if not ALIAS.fullmatch(alias):
+        raise InputError(f"The alias {alias!r} is not 1 to 64 of the letters A-Z a-z 0-9 . _ - @ /")
+    bases = {base.id for base in store.models.bases()}
+    if alias in bases:
+        raise InputError(f"The alias {alias!r} is the name of a base model.")
+    store.models.set_alias(project, alias, name if name in bases else store.models.get(name, project=project).name)
+
+
+def delete_model(store: Store, project: str, name: str) -> None:
+    """Delete a tuned model of a project with all its forms, or one of its aliases.
+
+    Raises:
+        NotFoundError: the project has neither of that name.
+    """
+    if name in {alias.name for alias in store.models.aliases(project)}:
+        store.models.remove_alias(project, name)
+    else:
+        store.models.remove(name, project=project)
+
+
+def served_folder(store: Store, name: str, *, project: str | None = None) -> Path:
     """Return the folder from which a base or tuned model is served: a GGUF file with its chat format.
+
+    ``project`` leaves out the tuned models of others.
 
     Raises:
         NotFoundError: there is no model of that name.
         InputError: the model has no GGUF form.
     """
     if name.startswith("ft:"):
-        model = store.models.get(name)
+        model = store.models.get(name, project=project)
         if SERVED_FORM not in model.artifacts:
             raise InputError(f"The model {model.name!r} is a {model.product} and writes no answers: it is not served.")
         return store.models.artifact_folder(model.artifacts[SERVED_FORM])

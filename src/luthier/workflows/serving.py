@@ -13,43 +13,55 @@ from pathlib import Path
 from luthier.errors import EngineError
 from luthier.serve.pool import ModelPool, ServedModelInfo
 from luthier.store.store import Store
-from luthier.workflows.models import SERVED_FORM, served_folder
+from luthier.workflows.models import SERVED_FORM, model_named, served_folder
 
 STOP_SECONDS = 15.0
 
 
-def model_pool(store: Store, extra: Mapping[str, Path] | None = None, *, only_extra: bool = False) -> ModelPool:
+def model_pool(
+    store: Store,
+    extra: Mapping[str, Path] | None = None,
+    *,
+    only_extra: bool = False,
+    stand_ins: Mapping[str, str] | None = None,
+) -> ModelPool:
     """Return a pool of all models that can be served, loaded on first use.
 
     Args:
         store: Where the models are.
         extra: Further models: name → folder with ``model.gguf`` and its chat format.
         only_extra: Leave the store's own models out.
+        stand_ins: Patterns of names that a client may ask for (``gpt-4o-mini*``) → the base that answers.
     """
     folders = dict(extra or {})
 
-    def resolve(name: str) -> Path:
+    def resolve(project: str, name: str) -> Path:
         if name in folders or only_extra:
             return folders[name]
-        return served_folder(store, name)
+        return served_folder(store, model_named(store, project, name, stand_ins), project=project)
 
-    def names() -> list[ServedModelInfo]:
+    def names(project: str) -> list[ServedModelInfo]:
         listed = [ServedModelInfo(name, created=0, owned_by="extra") for name in folders]
-        if only_extra:
-            return listed
-        for base in store.models.bases():
-            if base.kind == "encoder":
-                continue
-            created = int(base.pulled_at.timestamp())
-            listed.append(ServedModelInfo(base.id, created, owned_by="base"))
-        for model in store.models.all():
-            if SERVED_FORM not in model.artifacts:
-                continue
-            created = int(model.created_at.timestamp())
-            listed.append(ServedModelInfo(model.name, created, owned_by=model.name.split(":")[2], root=model.base))
-        return listed
+        return listed if only_extra else listed + _models_of(store, project)
 
     return ModelPool(resolve, names)
+
+
+def _models_of(store: Store, project: str) -> list[ServedModelInfo]:
+    """Return the bases, the project's tuned models, and its aliases."""
+    bases = [base for base in store.models.bases() if base.kind == "decoder"]
+    tuned = {model.name: model for model in store.models.all(project=project) if SERVED_FORM in model.artifacts}
+    return [
+        *(ServedModelInfo(base.id, int(base.pulled_at.timestamp()), owned_by="base") for base in bases),
+        *(
+            ServedModelInfo(name, int(model.created_at.timestamp()), owned_by=name.split(":")[2], root=model.base)
+            for name, model in tuned.items()
+        ),
+        *(
+            ServedModelInfo(alias.name, int(alias.created_at), owned_by=project, root=alias.model)
+            for alias in store.models.aliases(project)
+        ),
+    ]
 
 
 @contextmanager

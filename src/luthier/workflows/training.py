@@ -265,6 +265,7 @@ def _record(
 ) -> TunedModel:
     return TunedModel(
         name=name,
+        project=context.run.project,
         base=prepared.base.id,
         base_sha256=prepared.base.sha256,
         run_id=context.run.id,

@@ -1,0 +1,44 @@
+"""Every error, expected or not, as OpenAI's clients read it."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from luthier.errors import LuthierError
+from luthier.serve.api_error import ApiError, as_api_error, field_error
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Have an application answer every error in OpenAI's shape."""
+    app.add_exception_handler(LuthierError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(Exception, _answer_bug)
+
+
+def respond(error: ApiError) -> JSONResponse:
+    """Return the response of an error."""
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, LuthierError)  # noqa: S101 - registered for this class
+    return respond(as_api_error(error))
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
+    return respond(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
+
+
+async def _answer_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class
+    return respond(field_error([(item["loc"][1:], item["msg"], item["type"]) for item in error.errors()]))
+
+
+async def _answer_bug(_: Request, error: Exception) -> Response:
+    """Answer without details; the traceback goes to the server's log."""
+    return respond(ApiError(500, f"The server has a bug ({type(error).__name__}).", "server_error"))

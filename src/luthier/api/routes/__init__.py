@@ -1,0 +1,8 @@
+"""One module per noun of OpenAI's API; each has a ``router``, and :data:`ROUTERS` lists them all.
+
+A route parses, makes one call into ``workflows`` or ``serve``, and presents the result.
+"""
+
+from luthier.api.routes import chat, models
+
+ROUTERS = (chat.router, models.router)

@@ -1,0 +1,56 @@
+"""Answers that come in pieces, and work that ends when its client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody reads it
+Result = TypeVar("Result")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that free what they hold at once, however the response ends."""
+
+    def __init__(self, events: AsyncGenerator[str, None], resources: AsyncExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._resources = resources
+        self._resources.push_async_callback(events.aclose)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they end or the client is gone."""
+        async with self._resources:
+            await super().__call__(scope, receive, send)
+
+
+def event(data: dict[str, Any], name: str | None = None) -> str:
+    """Return the text of one event."""
+    line = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"event: {name}\n{line}" if name else line
+
+
+async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result | None:
+    """Return the result of ``work``, or cancel it and return None as soon as the client is gone.
+
+    The body of the request must have been read.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
