@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from luthier.records.file import StoredFile
 from luthier.store.artifacts import Artifacts
+from luthier.store.collection import Collection
 from luthier.store.database import Database
 from luthier.store.datasets import DatasetStore
 from luthier.store.evaluations import EvaluationStore
@@ -32,6 +34,7 @@ class Store:
         self.runs = RunStore(self.database)
         self.evaluations = EvaluationStore(self.database)
         self.keys = KeyStore(self.database)
+        self.files = Collection(self.database, "file", StoredFile)
 
     def run_folder(self, run_id: str) -> Path:
         """Return the folder of a run's own files (log, checkpoints, TensorBoard events); made when missing."""
