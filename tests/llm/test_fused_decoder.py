@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from luthier.errors import InputError
 from luthier.llm.engine.fused_decoder import can_fuse
 from luthier.llm.engine.quantised import quantise_model
 from luthier.llm.engine.row_attention import ATTENTION_NAME
@@ -157,6 +158,16 @@ def test_layers_below_the_lowest_trained_one_get_no_gradient() -> None:
     assert {name.split(".")[2] for name in gradients} == {"2"}
     _, expected = plain(model, given)
     assert all(torch.allclose(gradients[n], expected[n], rtol=1e-4, atol=1e-6) for n in expected)
+
+
+def test_attention_of_another_kind_is_refused_and_not_computed_wrongly() -> None:
+    rows = pack(examples((12, 5)), 0, 200)
+    with pytest.raises(InputError, match="has softcap"):
+        loss_and_gradients(lora(tiny("gemma2", attn_logit_softcapping=50.0, head_dim=8)), rows, fused=False)
+    with pytest.raises(InputError, match="sees 8 tokens back, and an example has 21"):
+        loss_and_gradients(lora(tiny("mistral", sliding_window=8)), rows, fused=False)
+    wide = loss_and_gradients(lora(tiny("mistral", sliding_window=64)), rows, fused=False)
+    assert_same(wide, loss_and_gradients(lora(tiny("mistral")), rows, fused=True))
 
 
 def test_what_is_not_known_is_left_to_transformers() -> None:

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from luthier.errors import InputError
 from luthier.llm.engine.row_layout import Block, RowLayout
 
 ATTENTION_NAME = "luthier_rows"
+CHANGE_THE_SCORES = ("softcap", "s_aux", "position_bias")  # of transformers' attention interface
 PIECE = 256
 MASKED = -30_000.0  # far below any score, and finite in bfloat16 and float16 alike
 
@@ -214,12 +216,25 @@ def row_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: RowLayout | None = None,
-    **_: Any,
+    sliding_window: int | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within one row, as transformers' attention interface wants it: returns (1, T, H, D).
 
     Without a ``layout`` the rows are plain causal sequences.
+
+    Raises:
+        InputError: the model attends in another way (capped scores, sinks, a window that an example does not fit).
     """
+    for name in CHANGE_THE_SCORES:
+        if others.get(name) is not None:
+            raise InputError(f"This model's attention has {name}, which is not known here; it cannot be trained.")
+    length = query_1HTD.shape[2] if layout is None else int(layout.positions_T.max()) + 1
+    if sliding_window is not None and length > sliding_window:
+        raise InputError(
+            f"This model sees {sliding_window} tokens back, and an example has {length}.",
+            hint=f"-o max_tokens={sliding_window}",
+        )
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None:
         attended = torch.nn.functional.scaled_dot_product_attention(

@@ -106,14 +106,14 @@ def train(
     """Train, from the latest checkpoint where there is one, and leave the best adapter in ``job.folder / "best"``.
 
     ``on_step`` hears of every optimizer step, ``on_note`` of warnings, sample answers and preparations.
-    ``stop_if_asked`` is called after each step; where it raises, the state is saved first.
+    ``stop_if_asked`` is called after each step, where the state is saved first if it raises, and during preparations.
 
     Raises:
         EngineError: the loss is no longer a finite number.
         ConflictError: the checkpoint in the folder belongs to another job.
         InputError: the adapter to go on from does not fit the base.
     """
-    run = _start(job, on_note)
+    run = _start(job, on_note, stop_if_asked)
     order = Order(len(job.examples), job.plan.resolved)
     while run.progress.step < job.plan.steps and run.progress.stopped_early is None:
         started = time.monotonic()
@@ -134,7 +134,7 @@ def best_adapter(job: TrainingJob) -> Path:
     return best_folder(job.folder)
 
 
-def _start(job: TrainingJob, on_note: OnNote) -> _Training:
+def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None]) -> _Training:
     resolved = job.plan.resolved
     model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
     fingerprint = _fingerprint(job)
@@ -142,6 +142,7 @@ def _start(job: TrainingJob, on_note: OnNote) -> _Training:
 
     def on_progress(what: str, share: float) -> None:
         on_note(PreparationNote(what=what, share=share))
+        stop_if_asked()
 
     objective.prepare(_all_units(job), job.folder, fingerprint, on_progress)
     groups = parameter_groups(model.model, resolved.learning_rate, resolved.weight_decay, resolved.layer_decay)
