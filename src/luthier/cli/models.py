@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from luthier.cli.present import Json, console, moment, open_store, show_json, show_table, size
+from luthier.records.access import DEFAULT_PROJECT
 
 if TYPE_CHECKING:
     from luthier.records.base_model import BaseModelInfo
@@ -171,6 +172,32 @@ def export(
         raise InputError(f"There is no form {form!r}.{did_you_mean(form, EXPORT_FORMATS)}")
     artifact = export_model(open_store(), name, form, to)
     typer.echo(f"{artifact.kind}: {size(artifact.bytes)} in {to}")
+
+
+@app.command()
+def alias(
+    name: str = typer.Argument(None, help="The alias, such as support@production; without it, all are shown."),
+    model: str = typer.Argument(None, help="What it points at from now on: a tuned model, or a base."),
+    project: str = typer.Option(DEFAULT_PROJECT, help="Whose alias it is."),
+    remove: bool = typer.Option(False, "--remove", help="Delete the alias; its model stays."),
+    as_json: bool = Json,
+) -> None:
+    """Point an alias at a model, or show the aliases. Clients ask for an alias as for any model."""
+    from luthier.errors import InputError
+    from luthier.workflows.models import set_alias
+
+    store = open_store()
+    if remove and name and model is None:
+        store.models.remove_alias(project, name)
+    elif name and model and not remove:
+        set_alias(store, project, name, model)
+    elif name or model:
+        raise InputError("An alias needs a name and the model that it points at.", hint="luthier model alias --help")
+    aliases = store.models.aliases(project)
+    if as_json:
+        show_json(aliases)
+        return
+    show_table(None, ("alias", "model"), [(one.name, one.model) for one in aliases])
 
 
 def show_parity(model: object) -> None:
