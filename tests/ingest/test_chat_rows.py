@@ -145,3 +145,10 @@ def test_all_problems_of_a_pair_are_in_one_reason() -> None:
 
 def message(item: dict[str, str]) -> Message:
     return Message.model_validate(item)
+
+
+def test_the_names_of_openais_schema_are_known_too() -> None:
+    row = openai()
+    named = {name.replace("_output", "_completion"): value for name, value in row.items()}
+    assert is_chat_row(named)
+    assert read_chat_row(named) == read_chat_row(row)

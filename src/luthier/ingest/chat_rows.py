@@ -5,7 +5,7 @@ In: the JSON object of a row. Out: a :class:`ChatRow`, or a ``ValueError`` with 
 - OpenAI's conversations: ``{"messages": […]}``
   (https://platform.openai.com/docs/api-reference/fine-tuning/chat-input);
 - OpenAI's preferences: ``{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}``
-  (https://platform.openai.com/docs/api-reference/fine-tuning/preference-input);
+  (https://platform.openai.com/docs/api-reference/fine-tuning/preference-input), whose schema says ``…_completion``;
 - TRL's preferences: ``{"prompt": […], "chosen": […], "rejected": […]}``; without a prompt, it is what the two answers
   start with in common (https://huggingface.co/docs/trl/dataset_formats#preference).
 """
@@ -20,6 +20,7 @@ ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "us
 TOOL_ROLES = ("tool", "function")
 TOOL_KEYS = ("tools", "functions")
 MESSAGE_KEYS = {"role", "content", "weight"}
+PREFERENCES = (("preferred_output", "non_preferred_output"), ("preferred_completion", "non_preferred_completion"))
 
 Messages = tuple[Message, ...]
 
@@ -60,9 +61,13 @@ def read_chat_row(row: dict[str, Any]) -> ChatRow:
 
 
 def _is_openai_preference(row: dict[str, Any]) -> bool:
-    if "preferred_output" not in row and "non_preferred_output" not in row:
-        return False
-    return any(isinstance(row.get(key), dict | list) for key in ("input", "preferred_output", "non_preferred_output"))
+    names = _preference_names(row)
+    return names is not None and any(isinstance(row.get(key), dict | list) for key in ("input", *names))
+
+
+def _preference_names(row: dict[str, Any]) -> tuple[str, str] | None:
+    """Return what a row calls the better and the worse answer."""
+    return next((names for names in PREFERENCES if names[0] in row or names[1] in row), None)
 
 
 def _is_trl_preference(row: dict[str, Any]) -> bool:
@@ -70,16 +75,18 @@ def _is_trl_preference(row: dict[str, Any]) -> bool:
 
 
 def _read_openai_preference(row: dict[str, Any]) -> tuple[ChatRow, list[str]]:
-    others = {name: value for name, value in row.items() if not name.endswith("preferred_output") and name != "input"}
+    names = _preference_names(row) or PREFERENCES[0]
+    better, worse_name = names
+    others = {name: value for name, value in row.items() if name not in ("input", *names)}
     given = row.get("input")
     inside = given if isinstance(given, dict) else {}
     fields = {name: value for name, value in inside.items() if name != "messages"} | others
     prompt, problems = _read_turns(inside.get("messages"), "input.messages")
-    preferred, wrong = _read_turns(row.get("preferred_output"), "preferred_output")
-    worse, wrong_too = _read_turns(row.get("non_preferred_output"), "non_preferred_output")
+    preferred, wrong = _read_turns(row.get(better), better)
+    worse, wrong_too = _read_turns(row.get(worse_name), worse_name)
     problems += wrong + wrong_too
     if not problems:
-        problems = _pair_problems(prompt, preferred, worse, ("preferred_output", "non_preferred_output"))
+        problems = _pair_problems(prompt, preferred, worse, names)
     return ChatRow(fields, prompt + preferred, worse), problems
 
 
