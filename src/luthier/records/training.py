@@ -45,6 +45,15 @@ MODES_OF: dict[str, frozenset[Mode]] = {
 }
 
 
+class WandbOptions(Record):
+    """Where in Weights & Biases a run is logged, where the environment (``WANDB_PROJECT`` …) is not to decide."""
+
+    project: str | None = Field(None, description="W&B project")
+    name: str | None = Field(None, description="the run's name in W&B; its id where not given")
+    entity: str | None = Field(None, description="W&B team or user")
+    tags: tuple[str, ...] = Field((), description="tags of the run in W&B")
+
+
 class TrainingConfig(Record):
     """The options of training; each ``"auto"`` is derived by the plan, with its reason.
 
@@ -97,6 +106,7 @@ class TrainingConfig(Record):
     checkpoints: Count | Auto = Field(AUTO, description="how often the state is saved")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="numbers of the frozen base")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field((), description="log there too, beside TensorBoard")
+    wandb: WandbOptions = WandbOptions()
     seed: int = Field(0, ge=0, lt=2**31, description="order of the examples and the adapter's start")
 
     @model_validator(mode="after")
@@ -109,6 +119,7 @@ class TrainingConfig(Record):
             if self.method not in METHODS_OF.get(name, METHODS)
         ]
         idle += [f"{name} (mode={self.mode})" for name in sorted(changed) if self.mode not in MODES_OF.get(name, MODES)]
+        idle += ["wandb (trackers)"] if "wandb" in changed and "wandb" not in self.trackers else []
         if idle:
             raise ValueError(f"these options would have no effect: {', '.join(idle)}")
         return self

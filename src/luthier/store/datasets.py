@@ -85,6 +85,12 @@ class DatasetStore:
         with self._database.read() as connection:
             return DatasetVersion.model_validate(find_version(connection, datasets, reference, "dataset"))
 
+    def versions(self, name: str) -> list[DatasetVersion]:
+        """Return every version of a name, the oldest first; none where there is no such dataset."""
+        query = sa.select(datasets.c.record).where(datasets.c.name == name).order_by(datasets.c.version)
+        with self._database.read() as connection:
+            return [DatasetVersion.model_validate(record) for record in connection.execute(query).scalars()]
+
     def all(self) -> list[DatasetVersion]:
         """Return every version of every dataset."""
         query = sa.select(datasets.c.record).order_by(datasets.c.name, datasets.c.version)

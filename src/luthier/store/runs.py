@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from luthier.errors import ConflictError, NotFoundError
 from luthier.records.access import DEFAULT_PROJECT
 from luthier.records.run import FINISHED, EventLevel, Run, RunEvent, RunKind, RunRequest, RunStatus
-from luthier.records.stored import Metadata
+from luthier.records.stored import Metadata, Page
 from luthier.store.database import Database
 from luthier.store.tables import run_events, runs
 
@@ -69,6 +69,47 @@ class RunStore:
             query = query.where(runs.c.status == status)
         with self._database.read() as connection:
             return [_run(row) for row in connection.execute(query).mappings()]
+
+    def page(
+        self,
+        project: str,
+        kinds: Collection[RunKind],
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        metadata: dict[str, str] | None = None,
+        no_metadata: bool = False,
+    ) -> Page[Run]:
+        """Return a part of a project's runs of some kinds, the newest first.
+
+        Args:
+            project: Whose.
+            kinds: Which.
+            after: The id of the last run of the page before.
+            limit: How many at most.
+            metadata: Only those with all of these labels.
+            no_metadata: Only those without any.
+
+        Raises:
+            NotFoundError: there is no such run with the id ``after``.
+        """
+        query = sa.select(runs).where(runs.c.project == project, runs.c.kind.in_(kinds))
+        if after is not None:
+            last = self.get(after, project=project).created_at.timestamp()
+            earlier = (runs.c.created_at == last) & (runs.c.id > after)
+            query = query.where((runs.c.created_at < last) | earlier)
+        wanted = (metadata or {}).items()
+        found: list[Run] = []
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(runs.c.created_at.desc(), runs.c.id)).mappings()
+            for row in rows:
+                labels = row["metadata"] or {}
+                if (no_metadata and labels) or any(labels.get(key) != value for key, value in wanted):
+                    continue
+                found.append(_run(row))
+                if len(found) > limit:
+                    break
+        return Page(items=tuple(found[:limit]), has_more=len(found) > limit)
 
     def claim(
         self,
@@ -186,6 +227,22 @@ class RunStore:
             sequence = connection.execute(last).scalar_one() + 1
             connection.execute(sa.insert(run_events).values(**row, sequence=sequence, created_at=time.time()))
 
+    def newest_events(self, run_id: str, *, before: int | None = None, limit: int = 20) -> Page[RunEvent]:
+        """Return a part of a run's events, the newest first: those before a sequence number, where one is given."""
+        query = sa.select(run_events).where(run_events.c.run_id == run_id)
+        if before is not None:
+            query = query.where(run_events.c.sequence < before)
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(run_events.c.sequence.desc()).limit(limit + 1)).mappings().all()
+        return Page(items=tuple(_event(row) for row in rows[:limit]), has_more=len(rows) > limit)
+
+    def last_event(self, run_id: str, type: str) -> RunEvent | None:
+        """Return the last event of a type; None where there is none."""
+        query = sa.select(run_events).where(run_events.c.run_id == run_id, run_events.c.type == type)
+        with self._database.read() as connection:
+            row = connection.execute(query.order_by(run_events.c.sequence.desc()).limit(1)).mappings().first()
+        return _event(row) if row else None
+
     def events(self, run_id: str, *, after: int = 0, type: str | None = None) -> list[RunEvent]:
         """Return a run's events behind a sequence number, the oldest first."""
         query = sa.select(run_events).where(run_events.c.run_id == run_id, run_events.c.sequence > after)
@@ -193,7 +250,7 @@ class RunStore:
             query = query.where(run_events.c.type == type)
         with self._database.read() as connection:
             rows = connection.execute(query.order_by(run_events.c.sequence)).mappings().all()
-        return [RunEvent.model_validate({**row, "created_at": _moment(row["created_at"])}) for row in rows]
+        return [_event(row) for row in rows]
 
 
 def _take(connection: sa.Connection, row: sa.RowMapping, owner: str, lease_seconds: float) -> None:
@@ -217,6 +274,10 @@ def _finish(
     values = {"status": status, "result": result, "error": error, "owner": None, "lease_until": None, "request": None}
     finished_at = time.time() if status in FINISHED else None
     connection.execute(sa.update(runs).where(runs.c.id == run_id).values(**values, finished_at=finished_at))
+
+
+def _event(row: sa.RowMapping) -> RunEvent:
+    return RunEvent.model_validate({**row, "created_at": _moment(row["created_at"])})
 
 
 def _moment(seconds: float) -> datetime:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from luthier.records.file import StoredFile
+from luthier.records.fine_tuning import Checkpoint, CheckpointPermission, SharedModel
 from luthier.store.artifacts import Artifacts
 from luthier.store.collection import Collection
 from luthier.store.database import Database
@@ -35,6 +36,9 @@ class Store:
         self.evaluations = EvaluationStore(self.database)
         self.keys = KeyStore(self.database)
         self.files = Collection(self.database, "file", StoredFile)
+        self.checkpoints = Collection(self.database, "checkpoint", Checkpoint)
+        self.permissions = Collection(self.database, "permission", CheckpointPermission)
+        self.shared_models = Collection(self.database, "shared model", SharedModel)
 
     def run_folder(self, run_id: str) -> Path:
         """Return the folder of a run's own files (log, checkpoints, TensorBoard events); made when missing."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from luthier.records.record import Record
+from luthier.records.training import StepMetrics
 from luthier.train.watch import Warning
 
 
@@ -26,4 +29,11 @@ class PreparationNote(Record):
     share: float
 
 
-Note = WarningNote | SampleNote | PreparationNote
+class WeightsNote(Record):
+    """The weights after a step were written to a folder, which is overwritten at the next such note."""
+
+    metrics: StepMetrics
+    folder: Path
+
+
+Note = WarningNote | SampleNote | PreparationNote | WeightsNote

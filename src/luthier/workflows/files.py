@@ -23,6 +23,7 @@ def add_file(
     source: BinaryIO,
     *,
     expires_after_seconds: int | None = None,
+    id: str | None = None,
 ) -> StoredFile:
     """Keep a file: its bytes first, then its record, so that whatever is listed is there.
 
@@ -33,14 +34,16 @@ def add_file(
         purpose: What it is for.
         source: Its bytes, read once from where they stand.
         expires_after_seconds: When it is to be deleted.
+        id: Its id, where that must be the same if it is made again; a fresh one otherwise.
 
     Raises:
+        ConflictError: there is a file of that id.
         InputError: the name is empty or too long.
         DiskFullError: the disk is full; nothing is left behind.
     """
     if not filename or len(filename) > MAX_NAME:
         raise InputError(f"A file name has 1 to {MAX_NAME} letters; this one has {len(filename)}.")
-    id = new_id("file-")
+    id = id or new_id("file-")
     with store.artifacts.new(_key(id)) as folder, (folder / CONTENT).open("wb") as target:
         shutil.copyfileobj(source, target)
         size = target.tell()

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.errors import InputError
 from luthier.ingest.sampling import resample
 from luthier.records.base_model import BaseModelInfo, Machine
 from luthier.records.dataset import DatasetVersion
 from luthier.records.example import Conversation, Example, Message
+from luthier.records.fine_tuning import TrainingFiles
 from luthier.records.objectives import PAIRED, product
 from luthier.records.record import Record
 from luthier.records.template import TemplateVersion
@@ -40,31 +42,41 @@ from luthier.workflows.models import served_folder, shape
 RAW_PROMPT_CHARACTERS = 200
 LARGE_BYTES = 200_000_000  # of the data set's file
 EXAMPLES_AT_ONCE = 10_000
+ASKED_EXAMPLES = 1_000  # of which parity's prompts are drawn where there is no test side
 TESTED_BY_EVALUATION = ("supervised", "raw_text")
 
 
 class TrainRequest(Record):
-    """What to train: a base on a divided dataset through a template.
+    """What to train: a base on a divided dataset through a template, or on uploaded files.
 
+    Of ``files`` the run makes a dataset with a training and perhaps a validation side, but no test side.
     ``base`` is a base model, or a tuned one (``ft:…``) from whose adapter training goes on. ``parity_prompts``
     held-out prompts prove that adapter, merged, GGUF and served model agree on at least ``parity_limit`` of the answer
     tokens; 0 leaves the proof out.
     """
 
     base: str
-    dataset: str
+    dataset: str | None = None
+    files: TrainingFiles | None = None
     template: str | None = None
     suffix: str = ""
     options: TrainingConfig = TrainingConfig()
     parity_prompts: int = Field(64, ge=0)
     parity_limit: float = Field(0.97, gt=0, le=1)
 
+    @model_validator(mode="after")
+    def _learn_from_one_source(self) -> Self:
+        if (self.dataset is None) == (self.files is None):
+            raise ValueError("name a dataset, or files, to learn from")
+        return self
+
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that a request names, looked up and rendered.
 
-    ``held_out`` are the conversations that parity and sample answers use; empty for models that do not write.
+    ``held_out`` are the conversations that parity uses, ``sampled`` those of the sample answers; both are empty for
+    models that do not write.
     """
 
     request: TrainRequest
@@ -104,6 +116,8 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         _check_going_on(request.base, options)
     if writes:
         served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
+    if request.dataset is None:
+        raise InputError("The run's files are not a dataset yet.", hint="submit the run; its worker makes one")
     dataset = store.datasets.get(request.dataset)
     template = store.templates.get(request.template) if request.template else None
     reader = _Reader(options, folder, base, dataset, template)
@@ -113,7 +127,11 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         train_side = side(store, dataset, "train")
         examples, report = reader.read(train_side if options.resample == "none" else _resampled(train_side, options))
     validation = reader.read(side(store, dataset, "validation"))[0]
-    test_side = side(store, dataset, "test")
+    if request.files:
+        test_side = []
+        asked = list(islice(store.datasets.examples(dataset, "train"), ASKED_EXAMPLES))  # only their prompts matter
+    else:
+        asked = test_side = side(store, dataset, "test")
     return Prepared(
         request=request,
         base=base,
@@ -125,7 +143,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         material=Material(examples, validation, report),
         test=[] if options.method in TESTED_BY_EVALUATION else reader.read(test_side)[0],
         labels=reader.labels,
-        held_out=reader.answerable(test_side, answer_tokens) if writes else [],
+        held_out=reader.answerable(asked, answer_tokens) if writes else [],
         sampled=reader.answerable(side(store, dataset, "validation"), options.sample_tokens) if writes else [],
     )
 

@@ -21,6 +21,14 @@ from luthier.store.artifacts import file_hashes
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.labelled import load_tokenizer
+from luthier.workflows.checkpoints import (
+    checkpoint_folder,
+    checkpoint_named,
+    is_checkpoint,
+    remove_checkpoint,
+    remove_checkpoints,
+)
+from luthier.workflows.sharing import owner_of
 
 GgufForm = Literal["gguf-q8_0", "gguf-f16"]
 ExportFormat = Literal["adapter", "merged", "gguf-q8_0", "gguf-f16"]
@@ -137,28 +145,37 @@ def set_alias(store: Store, project: str, alias: str, name: str) -> None:
 
 
 def delete_model(store: Store, project: str, name: str) -> None:
-    """Delete a tuned model of a project with all its forms, or one of its aliases.
+    """Delete a tuned model of a project with all its forms and checkpoints, or one checkpoint, or an alias.
 
     Raises:
-        NotFoundError: the project has neither of that name.
+        NotFoundError: the project has none of that name.
     """
     if name in {alias.name for alias in store.models.aliases(project)}:
         store.models.remove_alias(project, name)
+    elif is_checkpoint(name):
+        remove_checkpoint(store, checkpoint_named(store, project, name))
     else:
-        store.models.remove(name, project=project)
+        model = store.models.remove(name, project=project)
+        for permission in list(store.permissions.all(project, parent=model.name)):
+            store.permissions.remove(project, permission.id)
+        remove_checkpoints(store, project, model.run_id)
 
 
 def served_folder(store: Store, name: str, *, project: str | None = None) -> Path:
-    """Return the folder from which a base or tuned model is served: a GGUF file with its chat format.
+    """Return the folder from which a base or tuned model or a checkpoint is served: a GGUF file with its chat format.
 
-    ``project`` leaves out the tuned models of others.
+    ``project`` leaves out the tuned models of others that are not shared with it.
 
     Raises:
+        EngineError: a checkpoint that is asked for the first time cannot be made ready.
         NotFoundError: there is no model of that name.
         InputError: the model has no GGUF form.
     """
     if name.startswith("ft:"):
-        model = store.models.get(name, project=project)
+        owner = owner_of(store, project, name) if project is not None else None
+        if is_checkpoint(name):
+            return checkpoint_folder(store, checkpoint_named(store, owner, name))
+        model = store.models.get(name, project=owner)
         if SERVED_FORM not in model.artifacts:
             raise InputError(f"The model {model.name!r} is a {model.product} and writes no answers: it is not served.")
         return store.models.artifact_folder(model.artifacts[SERVED_FORM])

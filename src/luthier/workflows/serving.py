@@ -14,6 +14,7 @@ from luthier.errors import EngineError
 from luthier.serve.pool import ModelPool, ServedModelInfo
 from luthier.store.store import Store
 from luthier.workflows.models import SERVED_FORM, model_named, served_folder
+from luthier.workflows.sharing import models_shared_with
 
 STOP_SECONDS = 15.0
 
@@ -48,7 +49,7 @@ def model_pool(
 
 
 def _models_of(store: Store, project: str) -> list[ServedModelInfo]:
-    """Return the bases, the project's tuned models, and its aliases."""
+    """Return the bases, the project's tuned models and checkpoints, those shared with it, and its aliases."""
     bases = [base for base in store.models.bases() if base.kind == "decoder"]
     tuned = {model.name: model for model in store.models.all(project=project) if SERVED_FORM in model.artifacts}
     return [
@@ -56,6 +57,14 @@ def _models_of(store: Store, project: str) -> list[ServedModelInfo]:
         *(
             ServedModelInfo(name, int(model.created_at.timestamp()), owned_by=name.split(":")[2], root=model.base)
             for name, model in tuned.items()
+        ),
+        *(
+            ServedModelInfo(one.model, one.created_at, owned_by=one.model.split(":")[2], root=one.base)
+            for one in store.checkpoints.all(project)
+        ),
+        *(
+            ServedModelInfo(one.model, one.created_at, owned_by=one.owner, root=one.model.split(":")[1])
+            for one in models_shared_with(store, project)
         ),
         *(
             ServedModelInfo(alias.name, int(alias.created_at), owned_by=project, root=alias.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,24 +15,24 @@ from luthier.jobs.context import RunContext
 from luthier.jobs.launch import OnEvent, follow, submit
 from luthier.llm.engine.torch_model import measure_machine, save_merged, save_whole
 from luthier.records.model import Artifact, Parity, TunedModel, tuned_name
-from luthier.records.objectives import product
-from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
+from luthier.records.objectives import PAIRED, product
+from luthier.records.training import TrainingPlan, TrainingResult
 from luthier.settings import load_settings
 from luthier.store.store import Store
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
 from luthier.train.engine.probe import measured_plan
-from luthier.train.engine.trackers import Trackers, check_trackers, open_trackers, values_of
-from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
+from luthier.train.engine.trackers import check_trackers, open_trackers
 from luthier.workflows.material import Prepared, TrainRequest, prepare
 from luthier.workflows.models import SERVED_FORM, make_gguf
 from luthier.workflows.parity import MAX_ANSWER_TOKENS, measure_parity
+from luthier.workflows.step_metrics import StepLog, add_result_file, read_plan, write_plan
+from luthier.workflows.training_files import dataset_of_files
+from luthier.workflows.training_watch import TrainingWatch
 
 __all__ = ["TrainRequest", "code_version", "execute", "finished_result", "plan", "train_model"]
 
-EVENT_SECONDS = 0.5
 SHORT_SECONDS = 60.0  # a run that is shorter, and that surely fits, starts without steps being measured first
 SURE_SHARE = 0.5
-PLAN_FILE = "plan.json"
 
 
 def plan(store: Store, request: TrainRequest, *, measure: bool = True) -> TrainingPlan:
@@ -84,13 +83,13 @@ def execute(context: RunContext) -> dict[str, Any]:
     """Carry out a training run; every stage that is done already is found and not repeated."""
     store = context.store
     request = TrainRequest.model_validate(context.run.config)
-    prepared = prepare(store, request, MAX_ANSWER_TOKENS, context.folder / "tokens")
+    prepared = _prepared(context, request)
     with context.stage("plan"):
         made = _planned(context, prepared)
         context.say(f"{made.steps} steps over {made.examples} examples", data=made.model_dump(mode="json"))
     name = tuned_name(prepared.base.id, load_settings().organisation, prepared.request.suffix, context.run.id)
     with context.stage("train"):
-        result, best_folder = _train(context, prepared, made)
+        result, best_folder = _train(context, prepared, made, name)
     with context.stage("export"):
         artifacts = _export(store, prepared, name, best_folder)
     parity = None
@@ -99,8 +98,10 @@ def execute(context: RunContext) -> dict[str, Any]:
             parity = _parity(context, prepared, name, artifacts)
     model = _record(context, prepared, made, name, result, artifacts, parity)
     store.models.add(model)
-    context.say(f"New model: {name}")
-    return {"model": name}
+    context.say(f"New fine-tuned model created: {name}")
+    results = add_result_file(store, context.run)
+    context.say("The job has successfully completed")
+    return {"model": name, "result_files": [results], "trained_tokens": result.trained_tokens}
 
 
 def code_version() -> str:
@@ -115,17 +116,29 @@ def code_version() -> str:
     return ", ".join(versions)
 
 
+def _prepared(context: RunContext, request: TrainRequest) -> Prepared:
+    """Look up what the run learns from; of uploaded files a dataset is made first."""
+    scratch = context.folder / "tokens"
+    if request.files is None:
+        return prepare(context.store, request, MAX_ANSWER_TOKENS, scratch)
+    with context.stage("validate files"):
+        pairs = request.options.method in PAIRED
+        dataset = dataset_of_files(context.store, context.run.project, request.files, pairs=pairs)
+        found = request.model_copy(update={"dataset": dataset.reference})
+        prepared = prepare(context.store, found, MAX_ANSWER_TOKENS, scratch)
+    context.say("Files validated")
+    return prepared
+
+
 def _planned(context: RunContext, prepared: Prepared) -> TrainingPlan:
     """Return the run's plan; one that goes on keeps the plan that it began with."""
-    path = context.folder / PLAN_FILE
-    if path.is_file():
-        return TrainingPlan.model_validate_json(path.read_text("utf-8"))
+    known = read_plan(context.folder)
+    if known is not None:
+        return known
     made = prepared.plan(measure_machine())
     if made.seconds > SHORT_SECONDS or made.memory_bytes > SURE_SHARE * made.machine_memory_bytes:
         made = measured_plan(_job(prepared, made, context.folder), lambda text: context.say(text))
-    staged = path.with_name(f".{PLAN_FILE}")
-    staged.write_text(made.model_dump_json(), "utf-8")
-    staged.rename(path)
+    write_plan(context.folder, made)
     return made
 
 
@@ -145,66 +158,22 @@ def _job(prepared: Prepared, made: TrainingPlan, folder: Path) -> TrainingJob:
         sample_prompts=tuple(tuple(chat_format.prompt_tokens(one.prompt)) for one in asked) if chat_format else (),
         sample_tokens=options.sample_tokens,
         stop_tokens=frozenset(chat_format.stop_tokens) if chat_format else frozenset(),
+        epoch_weights=prepared.request.files is not None,
     )
 
 
-def _train(context: RunContext, prepared: Prepared, made: TrainingPlan) -> tuple[TrainingResult, Path]:
+def _train(context: RunContext, prepared: Prepared, made: TrainingPlan, name: str) -> tuple[TrainingResult, Path]:
     job = _job(prepared, made, context.folder)
     config = context.run.config
-    with open_trackers(prepared.request.options.trackers, context.folder, context.run.id, config) as trackers:
-        watch = _Watch(context, prepared, trackers)
+    with (
+        open_trackers(prepared.request.options.trackers, context.folder, context.run.id, config) as trackers,
+        StepLog(context.folder) as log,
+    ):
+        watch = TrainingWatch(context, prepared, trackers, log, name)
         result = train(job, watch.step, context.stop_if_asked, watch.note)
         for tracker, problem in trackers.failures.items():
             context.say(f"Logging to {tracker} failed: {problem}", level="warning")
         return result, best_adapter(job)
-
-
-class _Watch:
-    """Passes on what a run says: all numbers to the trackers, to the run's events at most two a second."""
-
-    def __init__(self, context: RunContext, prepared: Prepared, trackers: Trackers) -> None:
-        self._context = context
-        self._prepared = prepared
-        self._trackers = trackers
-        self._last = 0.0
-
-    def step(self, metrics: StepMetrics) -> None:
-        """Hear of a step."""
-        self._trackers.write(metrics.step, values_of(metrics))
-        now = time.monotonic()
-        if now - self._last < EVENT_SECONDS and metrics.valid_loss is None and metrics.step != metrics.steps:
-            return
-        self._last = now
-        text = f"Step {metrics.step}/{metrics.steps}: training loss={metrics.train_loss:.3f}"
-        if metrics.valid_loss is not None:
-            text += f", validation loss={metrics.valid_loss:.3f}"
-        self._context.metrics(text, metrics.model_dump(mode="json"))
-
-    def note(self, note: Note) -> None:
-        """Hear of a warning, of sample answers, or of what is done before the first step."""
-        match note:
-            case WarningNote(warning=warning):
-                text = f"{warning.message} Try: {warning.hint}"
-                self._context.say(text, level="warning", data=warning.model_dump(mode="json"))
-            case SampleNote():
-                self._samples(note)
-            case PreparationNote(what=what, share=share):
-                self._context.progress(what, round(100 * share), 100)
-
-    def _samples(self, note: SampleNote) -> None:
-        chat_format, options = self._prepared.chat_format, self._prepared.request.options
-        if chat_format is None:
-            return
-        asked = sample(self._prepared.sampled, options.samples, options.seed)
-        answers = [chat_format.decode(tokens) for tokens in note.answers]
-        found = [
-            {"question": one.prompt[-1].content, "expected": one.answer, "answer": answer}
-            for one, answer in zip(asked, answers, strict=True)
-        ]
-        shown = "\n\n".join(f"> {one['question']}\n\n{one['answer']}" for one in found)
-        self._trackers.text(note.step, "samples", shown)
-        first = found[0]
-        self._context.say(f"Sample at step {note.step}: {first['answer']!r}", data={"samples": found})
 
 
 def _export(store: Store, prepared: Prepared, name: str, best_folder: Path) -> dict[str, Artifact]:

@@ -3,6 +3,6 @@
 A route parses, makes one call into ``workflows`` or ``serve``, and presents the result.
 """
 
-from luthier.api.routes import chat, models
+from luthier.api.routes import chat, fine_tuning, models
 
-ROUTERS = (chat.router, models.router)
+ROUTERS = (chat.router, fine_tuning.router, models.router)

@@ -20,6 +20,7 @@ from luthier.errors import ConflictError
 
 LATEST = "latest"
 BEST = "best"
+EPOCH = "epoch"
 TENSORS = "state.safetensors"
 STATE = "state.json"
 RANDOM = "random"
@@ -90,12 +91,22 @@ def save_best(folder: Path, model: Any, base: str) -> None:
 
     A model without an adapter is saved whole, in transformers' own files.
     """
-    staged = _fresh(folder / f".{BEST}")
+    _save_weights(folder / BEST, model, base)
+
+
+def save_epoch(folder: Path, model: Any, base: str) -> Path:
+    """Save the adapter as that of the latest epoch, as :func:`save_best` does, and return its folder."""
+    _save_weights(folder / EPOCH, model, base)
+    return folder / EPOCH
+
+
+def _save_weights(target: Path, model: Any, base: str) -> None:
+    staged = _fresh(target.with_name(f".{target.name}"))
     if not hasattr(model, "peft_config"):
         # Weights may be views of one tensor: a file holds each by itself.
         whole = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         model.save_pretrained(staged, state_dict=whole)
-        return _replace(staged, folder / BEST)
+        return _replace(staged, target)
     model.save_pretrained(staged)
     if model.peft_config[ADAPTER].task_type == "SEQ_CLS":
         model.config.save_pretrained(staged)  # the classes' names belong to the adapter, not to the base
@@ -104,7 +115,7 @@ def save_best(folder: Path, model: Any, base: str) -> None:
     config["target_modules"] = sorted(config["target_modules"])
     (staged / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     (staged / "README.md").unlink(missing_ok=True)
-    return _replace(staged, folder / BEST)
+    return _replace(staged, target)
 
 
 def best_folder(folder: Path) -> Path:

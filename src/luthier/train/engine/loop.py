@@ -24,14 +24,21 @@ from luthier.errors import EngineError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
-from luthier.train.engine.checkpoint import best_folder, load_best, load_checkpoint, save_best, save_checkpoint
+from luthier.train.engine.checkpoint import (
+    best_folder,
+    load_best,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+    save_epoch,
+)
 from luthier.train.engine.objectives.choice import make_objective
 from luthier.train.engine.objectives.objective import Objective, Unit, tokens_of
 from luthier.train.engine.optimizers import make_optimizer, parameter_groups
 from luthier.train.engine.order import Order
 from luthier.train.engine.samples import answer_samples
 from luthier.train.engine.trainable import load_trainable
-from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
+from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote, WeightsNote
 from luthier.train.schedule import rate_factor
 from luthier.train.watch import LossHistory
 
@@ -47,7 +54,8 @@ class TrainingJob:
     once, at the end, on the best weights. ``base_name`` is written into the adapter; ``folder`` takes checkpoints and
     ends with the best step's adapter (or model) in its ``best`` folder. ``labels`` are a classifier's classes;
     ``start_adapter`` is one to go on from; ``sample_prompts`` (tokens) are answered at each validation, up to
-    ``sample_tokens`` tokens or one of ``stop_tokens``.
+    ``sample_tokens`` tokens or one of ``stop_tokens``. With ``epoch_weights`` the weights are also validated and
+    written at the end of each pass over the examples, with a :class:`~luthier.train.notes.WeightsNote`.
     """
 
     plan: TrainingPlan
@@ -62,6 +70,7 @@ class TrainingJob:
     sample_prompts: tuple[tuple[int, ...], ...] = ()
     sample_tokens: int = 24
     stop_tokens: frozenset[int] = frozenset()
+    epoch_weights: bool = False
 
 
 @dataclass
@@ -121,7 +130,11 @@ def train(
         valid = _validate_if_due(run, on_note)
         took = time.monotonic() - started
         run.progress.seconds += took
-        on_step(_metrics(run, outcome, valid, took))
+        metrics = _metrics(run, outcome, valid, took)
+        on_step(metrics)
+        if _ends_epoch(run):
+            folder = save_epoch(job.folder, run.model.model, job.base_name)
+            on_note(WeightsNote(metrics=metrics, folder=folder))
         for warning in run.history.warnings():
             on_note(WarningNote(warning=warning))
         run.progress.history = run.history.state()
@@ -202,6 +215,7 @@ def _batch_loss(run: _Training, units: Sequence[Unit], *, training: bool) -> _Ba
 def _validate_if_due(run: _Training, on_note: OnNote) -> _BatchOutcome | None:
     progress, job = run.progress, run.job
     due = progress.step % job.plan.resolved.validate_every == 0 or progress.step == job.plan.steps
+    due = due or _ends_epoch(run)
     if not due or not job.validation:
         return None
     run.model.model.eval()
@@ -219,6 +233,14 @@ def _validate_if_due(run: _Training, on_note: OnNote) -> _BatchOutcome | None:
         progress.best_valid_loss, progress.best_step = outcome.loss, progress.step
         progress.best_metrics = outcome.metrics
     return outcome
+
+
+def _ends_epoch(run: _Training) -> bool:
+    """Return whether this step is the last one, or ends a pass, and the weights of such steps are wanted."""
+    job, step = run.job, run.progress.step
+    passes, before = (done * job.plan.resolved.batch_size // len(job.examples) for done in (step, step - 1))
+    last = step == job.plan.steps or run.progress.stopped_early is not None
+    return job.epoch_weights and (last or passes > before)
 
 
 def _test(run: _Training) -> dict[str, float]:

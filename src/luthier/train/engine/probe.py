@@ -53,7 +53,9 @@ def measure_steps(job: TrainingJob) -> Measured:
     # Threads of a process that inherits this give way to others while they wait, as those of a run do.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        small = replace(job, examples=units, validation=(), test=(), folder=Path(folder), sample_prompts=())
+        small = replace(
+            job, examples=units, validation=(), test=(), folder=Path(folder), sample_prompts=(), epoch_weights=False
+        )
         try:
             return pool.submit(_measure, small).result()
         except (BrokenProcessPool, MemoryError) as error:

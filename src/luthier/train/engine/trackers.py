@@ -194,7 +194,8 @@ class TensorBoard:
 class WandB:
     """A W&B run: in ``folder / "wandb"`` to be sent by ``wandb sync``, or online with ``WANDB_API_KEY``.
 
-    ``WANDB_PROJECT``, ``WANDB_ENTITY`` and, with a key, ``WANDB_MODE`` are heeded.
+    ``WANDB_PROJECT``, ``WANDB_ENTITY`` and, with a key, ``WANDB_MODE`` are heeded, where the run's own options
+    (``wandb`` in its configuration) name no other project, team, name or tags.
     """
 
     def __init__(self, folder: Path, run_name: str, config: Mapping[str, Any]) -> None:
@@ -202,9 +203,12 @@ class WandB:
         self._wandb = importlib.import_module("wandb")
         folder.mkdir(parents=True, exist_ok=True)
         online = bool(os.environ.get("WANDB_API_KEY"))
+        asked = config.get("options", {}).get("wandb") or {}
         self._run = self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run_name,
+            project=asked.get("project") or os.environ.get("WANDB_PROJECT", PROJECT),
+            entity=asked.get("entity"),
+            name=asked.get("name") or run_name,
+            tags=list(asked.get("tags") or ()),
             id=re.sub(r"[^\w-]", "-", run_name)[:64],
             resume="allow",
             dir=str(folder),
