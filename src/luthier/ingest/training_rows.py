@@ -3,7 +3,7 @@
 In: the path of a UTF-8 file. Out: for each line an :class:`~luthier.records.example.Example` of messages, or a
 :class:`~luthier.records.dataset.BadRow` with every rule that it breaks. Beside what
 :mod:`luthier.ingest.chat_rows` knows, a row may be ``{"prompt": "…", "completion": "…"}``, which becomes a question and
-its answer, and preferences may have the names of OpenAI's older description (``preferred_completion``).
+its answer.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from luthier.ingest.readers import read_rows
 from luthier.records.dataset import BadRow, SourceFormat
 from luthier.records.example import Example, Message
 
-OLDER_NAMES = {
-    "preferred_completion": "preferred_output",
-    "non_preferred_completion": "non_preferred_output",
-}
 
+def read_training_rows(path: Path, *, pairs: bool | None = None) -> Iterator[Example | BadRow]:
+    """Yield each row of a training file; with ``pairs`` each must hold two answers to one prompt, else none may.
 
-def read_training_rows(path: Path, *, pairs: bool) -> Iterator[Example | BadRow]:
-    """Yield each row of a training file; with ``pairs`` each must hold two answers to one prompt, else none may."""
+    None takes either, but all must be of the first row's kind.
+    """
     for row in read_rows(path, SourceFormat(kind="jsonl")):
         if isinstance(row, BadRow):
             yield row
             continue
         line = row.line or 0
         try:
-            chat = _chat_row({OLDER_NAMES.get(name, name): value for name, value in row.fields.items()})
+            chat = _chat_row(row.fields)
+            pairs = chat.rejected is not None if pairs is None else pairs
             if (chat.rejected is not None) != pairs:
                 raise ValueError(_WRONG_METHOD[pairs])
         except ValueError as error:

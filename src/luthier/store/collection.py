@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, Literal, TypeVar
 
 import sqlalchemy as sa
@@ -91,7 +91,8 @@ class Collection(Generic[T]):
         parent: str | None = None,
         status: str | None = None,
         model: str | None = None,
-        metadata: dict[str, str] | None = None,
+        fields: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
         no_metadata: bool = False,
     ) -> Page[T]:
         """Return a part of a project's things in the order in which they came.
@@ -104,6 +105,7 @@ class Collection(Generic[T]):
             parent: Only those of this parent; likewise ``status`` and ``model``.
             status: See there.
             model: See there.
+            fields: Only those whose record has these texts.
             metadata: Only those with all of these labels.
             no_metadata: Only those without any.
 
@@ -114,6 +116,8 @@ class Collection(Generic[T]):
         for column, wanted in ((objects.c.parent, parent), (objects.c.status, status), (objects.c.model, model)):
             if wanted is not None:
                 query = query.where(column == wanted)
+        for name, value in (fields or {}).items():
+            query = query.where(objects.c.record[name].as_string() == value)
         for key, value in (metadata or {}).items():
             query = query.where(objects.c.record["metadata"][key].as_string() == value)
         if no_metadata:
@@ -144,6 +148,13 @@ class Collection(Generic[T]):
         with self._database.read() as connection:
             found = connection.execute(query.order_by(objects.c.sequence)).scalars().all()
         return [self._record.model_validate(record) for record in found]
+
+    def expired(self, moment: int) -> list[T]:
+        """Return the things of all projects whose ``expires_at`` has come: for the service itself."""
+        ends = objects.c.record["expires_at"].as_integer()
+        query = sa.select(objects.c.record).where(objects.c.kind == self._kind, ends <= moment)
+        with self._database.read() as connection:
+            return [self._record.model_validate(record) for record in connection.execute(query).scalars().all()]
 
     def _is(self, project: str, id: str) -> sa.ColumnElement[bool]:
         return sa.and_(objects.c.kind == self._kind, objects.c.project == project, objects.c.id == id)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from luthier.records.file import StoredFile
 from luthier.records.fine_tuning import Checkpoint, CheckpointPermission, SharedModel
+from luthier.records.upload import Upload, UploadPart
 from luthier.store.artifacts import Artifacts
 from luthier.store.collection import Collection
 from luthier.store.database import Database
@@ -36,6 +37,8 @@ class Store:
         self.evaluations = EvaluationStore(self.database)
         self.keys = KeyStore(self.database)
         self.files = Collection(self.database, "file", StoredFile)
+        self.uploads = Collection(self.database, "upload", Upload)
+        self.upload_parts = Collection(self.database, "upload part", UploadPart)
         self.checkpoints = Collection(self.database, "checkpoint", Checkpoint)
         self.permissions = Collection(self.database, "permission", CheckpointPermission)
         self.shared_models = Collection(self.database, "shared model", SharedModel)

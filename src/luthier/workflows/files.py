@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO
 
-from luthier.errors import InputError
+from luthier.errors import InputError, NotFoundError
+from luthier.ingest.uploaded import problems_of
 from luthier.records.file import FilePurpose, StoredFile
-from luthier.records.stored import new_id, now
+from luthier.records.stored import Page, new_id, now
+from luthier.store.collection import Order
 from luthier.store.store import Store
 
 CONTENT = "content"
@@ -26,6 +28,8 @@ def add_file(
     id: str | None = None,
 ) -> StoredFile:
     """Keep a file: its bytes first, then its record, so that whatever is listed is there.
+
+    A file that cannot be used for its purpose is kept with the status ``error``, and says why, with line numbers.
 
     Args:
         store: Where it is kept.
@@ -47,6 +51,7 @@ def add_file(
     with store.artifacts.new(_key(id)) as folder, (folder / CONTENT).open("wb") as target:
         shutil.copyfileobj(source, target)
         size = target.tell()
+    problems = problems_of(store.artifacts.path(_key(id)) / CONTENT, purpose)
     created_at = now()
     expires_at = created_at + expires_after_seconds if expires_after_seconds else None
     return store.files.add(
@@ -57,9 +62,48 @@ def add_file(
             filename=filename,
             purpose=purpose,
             bytes=size,
+            status="error" if problems else "processed",
+            status_details=problems,
             expires_at=expires_at,
         )
     )
+
+
+def get_file(store: Store, project: str, id: str) -> StoredFile:
+    """Return a project's file; one that has expired is gone.
+
+    Raises:
+        NotFoundError: the project has no such file.
+    """
+    file = store.files.get(project, id)
+    if file.expires_at is not None and file.expires_at <= now():
+        raise NotFoundError(f"The file {id!r} has expired.")
+    return file
+
+
+def list_files(
+    store: Store,
+    project: str,
+    *,
+    purpose: FilePurpose | None = None,
+    limit: int = 10_000,
+    order: Order = "desc",
+    after: str | None = None,
+) -> Page[StoredFile]:
+    """Return a part of a project's files, or of those of a purpose.
+
+    Raises:
+        NotFoundError: there is no file with the id ``after``.
+    """
+    expire_files(store)
+    fields = {"purpose": purpose} if purpose else None
+    return store.files.page(project, limit=limit, order=order, after=after, fields=fields)
+
+
+def expire_files(store: Store) -> None:
+    """Delete the files of all projects that have expired; the service calls this from time to time."""
+    for file in store.files.expired(now()):
+        delete_file(store, file.project, file.id)
 
 
 def file_path(store: Store, project: str, id: str) -> Path:
@@ -68,7 +112,7 @@ def file_path(store: Store, project: str, id: str) -> Path:
     Raises:
         NotFoundError: the project has no such file.
     """
-    return store.artifacts.path(_key(store.files.get(project, id).id)) / CONTENT
+    return store.artifacts.path(_key(get_file(store, project, id).id)) / CONTENT
 
 
 def delete_file(store: Store, project: str, id: str) -> StoredFile:
