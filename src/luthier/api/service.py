@@ -32,12 +32,19 @@ class Service:
     """A running service.
 
     ``api_key`` is one key of the default project that is not in the database, for the environment of a container.
+    ``processes`` is how many runs of the queue this service executes at once; 0 leaves the queue to others.
     """
 
     store: Store
     pool: ModelPool
     api_key: str | None = None
     limits: Limits = Limits()
+    processes: int = 0
+
+    @property
+    def executes_runs(self) -> bool:
+        """Whether this service takes runs from the queue."""
+        return self.processes > 0
 
     def caller(self, authorization: str) -> Caller:
         """Return who sends an ``Authorization`` header. Without any key in the service, everybody may do everything.

@@ -1,4 +1,4 @@
-"""``luthier serve`` and ``luthier chat``."""
+"""``luthier up``, ``luthier serve`` and ``luthier chat``."""
 
 from __future__ import annotations
 
@@ -7,24 +7,59 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
 
 from luthier.cli.present import open_store
 
+HOST = typer.Option("127.0.0.1", help="Where to listen; other addresses than the loopback need a key.")
+PORT = typer.Option(8000, help="0 takes a free one.")
+API_KEY = typer.Option(None, envvar="LUTHIER_API_KEY", help="One more key beside those of `luthier key`.")
+ANNOUNCE = typer.Option(
+    False, help="For programs: print the address as a JSON line once it is ready, end when standard input ends."
+)
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def up(
+    host: str = HOST,
+    port: int = PORT,
+    api_key: str = API_KEY,
+    workers: int = typer.Option(1, min=1, help="How many runs (training, evaluation) are executed at once."),
+    announce: bool = ANNOUNCE,
+) -> None:
+    """Start the whole service on one port: OpenAI's API, all models, and the runs that wait in the queue.
+
+    Ctrl-C or SIGTERM ends it: requests under way get ten seconds, runs go back into the queue at their next step.
+    """
+    _serve(host, port, api_key, announce=announce, processes=workers)
+
 
 def serve(
-    host: str = typer.Option("127.0.0.1", help="Where to listen; other machines are refused unless told otherwise."),
-    port: int = typer.Option(8000, help="0 takes a free one."),
-    api_key: str = typer.Option(None, envvar="LUTHIER_API_KEY", help="Ask clients for this key."),
+    host: str = HOST,
+    port: int = PORT,
+    api_key: str = API_KEY,
     extra: list[str] = typer.Option([], help="A further model: NAME=FOLDER with model.gguf and its chat format."),
     only_extra: bool = typer.Option(False, help="Serve the --extra models alone."),
-    announce: bool = typer.Option(
-        False, help="For programs: print the address as a JSON line once it is ready, end when standard input ends."
-    ),
+    announce: bool = ANNOUNCE,
 ) -> None:
-    """Serve all models through OpenAI's chat completions API."""
+    """Serve models only: like `luthier up`, but the queue of runs is left to others."""
+    folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in extra)}
+    _serve(host, port, api_key, announce=announce, folders=folders, only_extra=only_extra)
+
+
+def _serve(
+    host: str,
+    port: int,
+    api_key: str | None,
+    *,
+    announce: bool,
+    processes: int = 0,
+    folders: Mapping[str, Path] | None = None,
+    only_extra: bool = False,
+) -> None:
     from luthier.api.app import create_app
     from luthier.api.server import serve as run_server
     from luthier.api.service import Service
@@ -32,12 +67,14 @@ def serve(
     from luthier.settings import load_settings
     from luthier.workflows.serving import model_pool
 
-    if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
-        raise InputError(
-            f"Listening on {host} lets other machines in, and no key is set.", hint="set LUTHIER_API_KEY or --api-key"
-        )
-    folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in extra)}
     store = open_store()
+    needs_key = api_key is not None or store.keys.any()
+    if host not in LOOPBACK and not needs_key:
+        raise InputError(
+            f"Listening on {host} lets other machines in, and there is no key.",
+            hint="luthier key create NAME, or set LUTHIER_API_KEY",
+        )
+    pool = model_pool(store, folders, only_extra=only_extra, stand_ins=load_settings().stand_ins)
 
     def ready(url: str) -> None:
         if announce:
@@ -46,12 +83,12 @@ def serve(
         typer.echo(f"Serving on {url}/v1 (stop with Ctrl-C)")
         for model in pool.models():
             typer.echo(f"  {model.name}")
-        typer.echo(f'\nfrom openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="{api_key or "none"}")')
+        key = "one of `luthier key list`" if needs_key else "none"
+        typer.echo(f'\nfrom openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="{key}")')
 
     if announce:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    pool = model_pool(store, folders, only_extra=only_extra, stand_ins=load_settings().stand_ins)
-    run_server(create_app(Service(store, pool, api_key)), host, port, ready)
+    run_server(create_app(Service(store, pool, api_key, processes=processes)), host, port, ready)
 
 
 def _end_with_standard_input() -> None:

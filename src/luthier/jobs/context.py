@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from luthier.errors import RunStopped
@@ -16,13 +17,15 @@ from luthier.store.store import Store
 class RunContext:
     """A run being executed: its store, its folder, and its voice.
 
-    ``request`` is set from another thread when a person asks the run to pause or cancel.
+    ``request`` is set from another thread when a person asks the run to pause or cancel; ``leaving`` when the process
+    is to end, so that the run goes back into the queue.
     """
 
-    def __init__(self, store: Store, run: Run) -> None:
+    def __init__(self, store: Store, run: Run, leaving: Event | None = None) -> None:
         self.store = store
         self.run = run
         self.request: RunRequest | None = run.request
+        self.leaving = leaving or Event()
 
     @property
     def folder(self) -> Path:
@@ -53,11 +56,13 @@ class RunContext:
         self.store.runs.add_event(self.run.id, message, type="stage", data={"stage": name, "seconds": seconds})
 
     def stop_if_asked(self) -> None:
-        """End the run here where a person asked for it.
+        """End the run here where a person asked for it, or where its process is to end.
 
         Raises:
-            RunStopped: it was asked to pause or cancel.
+            RunStopped: it was asked to pause or cancel, or goes back into the queue.
         """
         if self.request:
             hint = f"luthier run resume {self.run.id}"
             raise RunStopped(f"Stopped on request ({self.request}).", hint=hint)
+        if self.leaving.is_set():
+            raise RunStopped("The process that ran it is ending; the run goes back into the queue.")

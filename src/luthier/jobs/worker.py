@@ -2,7 +2,8 @@
 
 It takes a run from the queue, renews the lease while it works, and calls the run's workflow by name. Whatever
 happens, the run's row says so: success, pause, cancellation, an expected error, an unexpected one with its
-traceback in the run's log. Killed, it leaves a lease that ends, and the run is taken up by the next process.
+traceback in the run's log. Killed, it leaves a lease that ends, and the run is taken up by the next process. Asked to
+end (SIGTERM), it hands its run back to the queue at the next safe point.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,11 @@ def is_dead(owner: str) -> bool:
         return True
 
 
-def work(store: Store, run_id: str | None = None) -> bool:
-    """Take one run (a certain one, if named) and execute it here; return whether there was one."""
+def work(store: Store, run_id: str | None = None, leaving: threading.Event | None = None) -> bool:
+    """Take one run (a certain one, if named) and execute it here; return whether there was one.
+
+    Once ``leaving`` is set, the run goes back into the queue at its next safe point.
+    """
     owner = this_owner()
     run = store.runs.claim(owner, LEASE_SECONDS, is_dead, run_id, kinds=WORKFLOWS)
     if run is None:
@@ -64,7 +68,7 @@ def work(store: Store, run_id: str | None = None) -> bool:
     if run.attempts > 1:
         message = f"The process before this one ended early; attempt {run.attempts} goes on from the last checkpoint."
         store.runs.add_event(run.id, message, level="warning")
-    context = RunContext(store, run)
+    context = RunContext(store, run, leaving)
     stop_renewing = threading.Event()
     renewer = threading.Thread(target=_renew, args=(store, run, owner, context, stop_renewing), daemon=True)
     renewer.start()
@@ -83,7 +87,10 @@ def _execute(store: Store, run: Run, owner: str, context: RunContext) -> None:
         store.runs.finish(run.id, owner, "succeeded", result=result)
     except RunStopped as stopped:
         store.runs.add_event(run.id, str(stopped), level="warning")
-        store.runs.finish(run.id, owner, "cancelled" if context.request == "cancel" else "paused")
+        if context.request is None:
+            store.runs.hand_back(run.id, owner)
+        else:
+            store.runs.finish(run.id, owner, "cancelled" if context.request == "cancel" else "paused")
     except DiskFullError as error:
         # What is finished stays, and the run goes on when there is space again.
         store.runs.add_event(run.id, str(error), level="error")
@@ -133,12 +140,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     store = Store(arguments.home)
     store.artifacts.clear_stale_staging()
+    leaving = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leaving.set())
     if arguments.run:
-        work(store, arguments.run)
+        work(store, arguments.run, leaving)
         return
-    while True:
-        if not work(store):
-            time.sleep(arguments.poll_seconds)
+    while not leaving.is_set():
+        if not work(store, leaving=leaving):
+            leaving.wait(arguments.poll_seconds)
 
 
 if __name__ == "__main__":

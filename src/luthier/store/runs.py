@@ -177,6 +177,29 @@ class RunStore:
                 raise ConflictError(f"Run {run_id} is not held by {owner} any more.")
             _finish(connection, run_id, status, result=result, error=error)
 
+    def hand_back(self, run_id: str, owner: str) -> None:
+        """Put a run that this owner holds back into the queue, as if it had not been taken up.
+
+        Raises:
+            ConflictError: the run belongs to another owner by now.
+        """
+        mine = (runs.c.id == run_id) & (runs.c.owner == owner)
+        values = {"status": "queued", "owner": None, "lease_until": None, "attempts": runs.c.attempts - 1}
+        with self._database.write() as connection:
+            if connection.execute(sa.update(runs).where(mine).values(**values)).rowcount == 0:
+                raise ConflictError(f"Run {run_id} is not held by {owner} any more.")
+
+    def waiting(self, kinds: Collection[RunKind], is_dead: Callable[[str], bool]) -> list[Run]:
+        """Return the runs that somebody should take up, the oldest first: queued, or left by an owner that is gone."""
+        query = sa.select(runs).where(runs.c.status.in_(("queued", "running")), runs.c.kind.in_(kinds))
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(runs.c.created_at)).mappings().all()
+        return [
+            _run(row)
+            for row in rows
+            if row["status"] == "queued" or row["lease_until"] < time.time() or is_dead(row["owner"])
+        ]
+
     def request(self, run_id: str, request: RunRequest) -> Run:
         """Ask a run to pause or cancel: at once where nothing runs it, else at its next safe point.
 
