@@ -15,9 +15,10 @@ import pytest
 
 from luthier.errors import EngineError, InputError, NotFoundError
 from luthier.jobs.launch import follow, start, submit
+from luthier.jobs.worker import work
 from luthier.records.fine_tuning import JobRequest, TrainingFiles
 from luthier.records.run import Run
-from luthier.records.training import StepMetrics
+from luthier.records.training import StepMetrics, TrainingConfig
 from luthier.store.store import Store
 from luthier.workflows.checkpoints import checkpoint_folder, keep_checkpoint
 from luthier.workflows.files import add_file, file_path
@@ -132,8 +133,9 @@ def job(store: Store, **values: Any) -> Run:
 def test_a_job_whose_rows_are_wrong_fails_and_says_which_file(store: Store) -> None:
     good, bad = upload(store, chats()), upload(store, [chats(1)[0], {"messages": []}])
     for files, param in (((bad, None), "training_file"), ((good, bad), "validation_file")):
-        run = follow(store, job(store, training_file=files[0], validation_file=files[1]).id)
-        shown = job_object(store, run)
+        run = job(store, training_file=files[0], validation_file=files[1])
+        work(store, run.id)
+        shown = job_object(store, store.runs.get(run.id))
         assert (shown["status"], shown["error"]["param"]) == ("failed", param)
         assert shown["error"]["code"] == f"invalid_{param}"
         assert "line 2: messages must be an array" in shown["error"]["message"]
@@ -141,8 +143,9 @@ def test_a_job_whose_rows_are_wrong_fails_and_says_which_file(store: Store) -> N
 
 def test_a_killed_worker_goes_on_and_leaves_one_dataset_one_file_and_the_last_epochs(store: Store) -> None:
     file = upload(store, chats(16))
-    asked = {"n_epochs": 30, "batch_size": 4, "learning_rate_multiplier": 4.0}
-    run = job(store, training_file=file, method={"type": "supervised", "supervised": {"hyperparameters": asked}})
+    options = TrainingConfig(epochs=30, batch_size=4, lora_rank=4)
+    request = TrainRequest(base="tiny-base", files=TrainingFiles(training=file), options=options, parity_prompts=0)
+    run = submit(store, "train", request)
     process = start(store, run.id)
     deadline = time.monotonic() + 120
     while not store.checkpoints.page("default", parent=run.id).items:
@@ -214,5 +217,6 @@ def test_a_checkpoint_that_cannot_be_merged_says_so(store: Store, tmp_path: Path
     (weights / "adapter_config.json").write_text("{}")
     made = keep_checkpoint(store, run, "tiny-base", "ft:tiny-base:local::1", weights, 5, {"step": 5.0})
     assert keep_checkpoint(store, run, "tiny-base", "ft:tiny-base:local::1", weights, 5, {}) == made
-    with pytest.raises(EngineError, match="could not be made ready"):
+    (store.models.artifact_folder(made.adapter) / "adapter_config.json").write_text("[]")
+    with pytest.raises(EngineError, match=r"could not be made ready for serving: .*adapter_config\.json has changed"):
         checkpoint_folder(store, made)

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from luthier.errors import ConflictError
-from luthier.llm.engine.torch_model import save_merged
 from luthier.records.fine_tuning import Checkpoint
 from luthier.store.artifacts import STAGING
 from luthier.store.store import Store
@@ -27,6 +26,8 @@ def make_served(store: Store, checkpoint: Checkpoint) -> None:
     """
     base = store.models.base_folder(store.models.base(checkpoint.base))
     adapter = store.models.artifact_folder(checkpoint.adapter, check=True)
+    from luthier.llm.engine.torch_model import save_merged
+
     with TemporaryDirectory(dir=store.artifacts.root / STAGING) as merged:
         save_merged(base, adapter, Path(merged))
         with contextlib.suppress(ConflictError):  # another server made it meanwhile
