@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
 from collections.abc import Callable
 
@@ -29,6 +30,8 @@ def serve(app: ASGIApp, host: str = "127.0.0.1", port: int = 8000, on_ready: OnR
         InputError: the address does not belong to this machine, or the port needs more rights.
     """
     listener = listen(host, port)
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: None)  # uvicorn raises it again after its own shutdown, which is all there is
     with listener:
         Server(app, listener, on_ready).run(sockets=[listener])
 
