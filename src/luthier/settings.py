@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import platformdirs
-from pydantic import Field
+import psutil
+from pydantic import Field, field_validator
 
 from luthier.errors import InputError
 from luthier.records.record import Record
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]?i?b?)", re.IGNORECASE)
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 class Settings(Record):
@@ -17,15 +22,32 @@ class Settings(Record):
 
     ``home`` holds the database and the artifacts. ``organisation`` stands in the names of tuned models. ``stand_ins``
     maps patterns of model names that clients ask for (``gpt-4o-mini*``) to base models; the first that fits counts.
+
+    ``engine`` runs the models that are served: "openvino", the address of a server that speaks OpenAI's API, or the
+    command that starts one (:mod:`luthier.llm.engine_servers`); ``engine_api_key`` is that server's. ``engine_memory``
+    is how many bytes of memory all engines here may hold, and ``max_loaded`` how many models may be loaded at once;
+    None leaves both to the pool of models.
     """
 
     home: Path
     stand_ins: dict[str, str] = Field(default_factory=dict)
     organisation: str = Field("local", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    engine: str = "openvino"
+    engine_api_key: str | None = None
+    engine_memory: int | None = Field(None, gt=0)
+    max_loaded: int | None = Field(None, ge=1)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_known(cls, engine: str) -> str:
+        if engine == "openvino" or engine.startswith(("http://", "https://")) or "{port}" in engine:
+            return engine
+        raise ValueError(f"{engine!r} is neither 'openvino', nor an address, nor a command with {{port}} in it")
 
 
 def load_settings() -> Settings:
-    """Read ``LUTHIER_HOME``, ``LUTHIER_ORGANISATION`` and ``LUTHIER_STAND_INS`` (``pattern=base,…``).
+    """Read ``LUTHIER_HOME``, ``LUTHIER_ORGANISATION``, ``LUTHIER_STAND_INS`` (``pattern=base,…``), ``LUTHIER_ENGINE``,
+    ``LUTHIER_ENGINE_API_KEY``, ``LUTHIER_ENGINE_MEMORY`` (such as ``12GiB`` or ``60%``) and ``LUTHIER_MAX_LOADED``.
 
     Raises:
         InputError: a value breaks its rule.
@@ -35,6 +57,10 @@ def load_settings() -> Settings:
         "home": Path(home).expanduser().absolute() if home else Path(platformdirs.user_data_dir("luthier")),
         "organisation": os.environ.get("LUTHIER_ORGANISATION"),
         "stand_ins": _pairs(os.environ.get("LUTHIER_STAND_INS", "")),
+        "engine": os.environ.get("LUTHIER_ENGINE"),
+        "engine_api_key": os.environ.get("LUTHIER_ENGINE_API_KEY"),
+        "engine_memory": _bytes(os.environ.get("LUTHIER_ENGINE_MEMORY", "")),
+        "max_loaded": os.environ.get("LUTHIER_MAX_LOADED"),
     }
     try:
         return Settings.model_validate({key: value for key, value in values.items() if value})
@@ -51,3 +77,15 @@ def _pairs(text: str) -> dict[str, str]:
                 hint="for example LUTHIER_STAND_INS='gpt-4o-mini*=smollm2-135m,gpt-*=smollm2-135m'",
             )
     return {pattern.strip(): base.strip() for pattern, _, base in pairs}
+
+
+def _bytes(text: str) -> int | None:
+    """Return a size such as ``12GiB``, ``800 MB`` or ``60%`` of this machine's memory in bytes."""
+    if not text.strip():
+        return None
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"LUTHIER_ENGINE_MEMORY is {text!r}, which is no size.", hint="for example 12GiB, or 60%")
+    unit = match.group(2).lower()
+    scale = psutil.virtual_memory().total / 100 if unit == "%" else UNITS[unit.removesuffix("b").removesuffix("i")]
+    return int(float(match.group(1)) * scale)

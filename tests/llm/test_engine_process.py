@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from luthier.errors import EngineError, NotFoundError
-from luthier.llm.engine_process import WORKER_MODULE, EngineOptions, EngineProcess, TokenDelta
+from luthier.llm.engine_interface import TokenDelta
+from luthier.llm.engine_process import WORKER_MODULE, EngineOptions, EngineProcess
 from luthier.records.completion import Sampling
 from luthier.templates.chat_format import ChatFormat
 

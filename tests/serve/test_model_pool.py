@@ -6,11 +6,16 @@ import shutil
 import signal
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from luthier.errors import CapacityError, EngineError, NotFoundError
+from luthier.llm.engine_interface import Engine
+from luthier.llm.engine_process import EngineOptions, EngineProcess
+from luthier.records.completion import Sampling
+from luthier.serve.engine_memory import PROCESS_BYTES, need_of
 from luthier.serve.pool import LoadedModel, ModelPool, ServedModelInfo
 
 
@@ -36,12 +41,12 @@ def shelf(served_tiny_model: Path, tmp_path: Path) -> Shelf:
     return Shelf({name: Path(shutil.copytree(served_tiny_model, tmp_path / name)) for name in ("a", "b", "c")})
 
 
-def run(shelf: Shelf, scenario: Callable[[ModelPool], Awaitable[None]], **options: float) -> None:
+def run(shelf: Shelf, scenario: Callable[[ModelPool], Awaitable[None]], **options: Any) -> None:
     """Run a scenario with a pool, and see that no process is left."""
 
     async def main() -> None:
         before = {child.pid for child in psutil.Process().children()}
-        pool = ModelPool(shelf.resolve, shelf.names, **options)  # type: ignore[arg-type]
+        pool = ModelPool(shelf.resolve, shelf.names, **options)
         try:
             await scenario(pool)
         finally:
@@ -54,6 +59,16 @@ def run(shelf: Shelf, scenario: Callable[[ModelPool], Awaitable[None]], **option
 async def touch(pool: ModelPool, name: str) -> LoadedModel:
     async with pool.lease(name) as loaded:
         return loaded
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def expected_bytes(shelf: Shelf) -> int:
+    return need_of(shelf.folders["a"], EngineOptions().cache_gigabytes).expected_bytes
 
 
 def pids(models: Iterable[LoadedModel]) -> set[int]:
@@ -183,3 +198,97 @@ def test_an_unknown_name_is_the_resolvers_error(shelf: Shelf) -> None:
             await touch(pool, "z")
 
     run(shelf, scenario)
+
+
+def test_models_make_room_by_what_they_are_expected_to_need(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        a, b = await touch(pool, "a"), await touch(pool, "b")
+        assert pids(pool.loaded) == pids([b])
+        assert not a.engine.alive
+        async with pool.lease("b"):
+            with pytest.raises(CapacityError, match="stayed busy"):
+                await touch(pool, "c")
+            assert b.engine.alive
+
+    run(shelf, scenario, memory_bytes=expected_bytes(shelf) + 2**20, room_deadline_seconds=0.1)
+
+
+def test_models_that_run_count_with_what_they_hold(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        models = [await touch(pool, name) for name in ("a", "b", "c")]
+        assert pids(pool.loaded) == pids(models)
+        assert all(50 * 2**20 < model.engine.memory_bytes < expected_bytes(shelf) / 2 for model in models)
+
+    run(shelf, scenario, memory_bytes=2 * expected_bytes(shelf))
+
+
+def test_engines_that_have_grown_make_room_the_least_recently_used_first(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        a, b, c = [await touch(pool, name) for name in ("a", "b", "c")]
+        await touch(pool, "a")
+        async with pool.lease("b"):
+            pool._memory_bytes = 1
+            await until(lambda: pids(pool.loaded) == pids([b]))
+        assert not a.engine.alive
+        assert not c.engine.alive
+
+    run(shelf, scenario, sweep_seconds=0.05)
+
+
+def test_a_model_larger_than_all_engines_may_be_is_refused(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        with pytest.raises(CapacityError, match=r"LUTHIER_ENGINE_MEMORY"):
+            await touch(pool, "a")
+        assert pool.loaded == []
+
+    run(shelf, scenario, memory_bytes=PROCESS_BYTES)
+
+
+def test_a_model_whose_files_are_deleted_is_unloaded_after_its_last_answer(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        b = await touch(pool, "b")
+        async with pool.lease("a") as a:
+            shutil.rmtree(shelf.folders.pop("a"))
+            with pytest.raises(NotFoundError):
+                await touch(pool, "a")
+            await asyncio.sleep(0.2)
+            assert [d async for d in a.engine.generate([1, 2, 3], Sampling(max_tokens=3), ())]
+        await until(lambda: pids(pool.loaded) == pids([b]))
+        assert not a.engine.alive
+
+    run(shelf, scenario, sweep_seconds=0.05)
+
+
+def test_others_answer_while_a_slow_load_is_under_way_and_all_who_wait_for_it_get_it(shelf: Shelf) -> None:
+    may_start = asyncio.Event()
+    slow = shelf.folders["b"]
+
+    async def start(folder: Path, options: EngineOptions) -> Engine:
+        if folder == slow:
+            await may_start.wait()
+        return await EngineProcess.start(folder, options)
+
+    async def scenario(pool: ModelPool) -> None:
+        waiting = [asyncio.create_task(touch(pool, "b")) for _ in range(10)]
+        await until(lambda: shelf.asked.count("b") == 10)
+        for name in ("a", "c", "a"):
+            async with pool.lease(name) as loaded:
+                assert [d async for d in loaded.engine.generate([1, 2, 3], Sampling(max_tokens=3), ())]
+        assert not any(task.done() for task in waiting)
+        may_start.set()
+        assert len(pids(await asyncio.gather(*waiting))) == 1
+
+    run(shelf, scenario, start=start)
+
+
+def test_requests_that_give_up_while_they_wait_leave_the_model_free_to_go(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        waiting = [asyncio.create_task(touch(pool, "a")) for _ in range(3)]
+        await until(lambda: len(shelf.asked) == 3)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await touch(pool, "b")
+        assert len(pool.loaded) == 1
+
+    run(shelf, scenario, max_loaded=1)

@@ -74,7 +74,8 @@ def _serve(
             f"Listening on {host} lets other machines in, and there is no key.",
             hint="luthier key create NAME, or set LUTHIER_API_KEY",
         )
-    pool = model_pool(store, folders, only_extra=only_extra, stand_ins=load_settings().stand_ins)
+    settings = load_settings()
+    pool = model_pool(store, folders, only_extra=only_extra, stand_ins=settings.stand_ins, settings=settings)
 
     def ready(url: str) -> None:
         if announce:

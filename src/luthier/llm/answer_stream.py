@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from luthier.llm.engine_process import EngineProcess
+from luthier.llm.engine_interface import Engine
 from luthier.records.completion import FinishReason, Sampling
 from luthier.templates.chat_format import ChatFormat
 
@@ -15,12 +15,21 @@ UNFINISHED_CHARACTER = "\ufffd"
 
 @dataclass(frozen=True)
 class AnswerDelta:
-    """What is new of an answer. Text can lag behind the tokens; the last delta has the rest and the finish reason."""
+    """What is new of an answer. Text can lag behind the tokens; the last delta has the rest and the finish reason.
+
+    ``unlisted_tokens`` were made by an engine that counts tokens but does not tell them.
+    """
 
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
+    unlisted_tokens: int = 0
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens are new, told or not."""
+        return len(self.tokens) + self.unlisted_tokens
 
 
 class AnswerText:
@@ -51,10 +60,15 @@ class AnswerText:
             self._window, self._read = self._read, len(self._tokens)
         return self._release(final=False)
 
+    def add_text(self, text: str) -> str:
+        """Take new text of an engine that tells no tokens, and return what is now certain."""
+        self._held += text
+        return self._release(final=False)
+
     def finish(self) -> str:
         """Return the rest of the text after the last token, without a character that was cut in half."""
-        whole = self._format.decode(self._tokens).rstrip(UNFINISHED_CHARACTER)
-        if not self.stopped:
+        if self._tokens and not self.stopped:
+            whole = self._format.decode(self._tokens).rstrip(UNFINISHED_CHARACTER)
             self._held = whole[len(self._emitted) :]
         return self._release(final=True)
 
@@ -73,7 +87,7 @@ class AnswerText:
 
 
 async def stream_answer(
-    engine: EngineProcess, chat_format: ChatFormat, prompt_tokens: Sequence[int], sampling: Sampling
+    engine: Engine, chat_format: ChatFormat, prompt_tokens: Sequence[int], sampling: Sampling
 ) -> AsyncGenerator[AnswerDelta, None]:
     """Yield an answer as text and tokens; the last delta has the finish reason.
 
@@ -81,17 +95,18 @@ async def stream_answer(
 
     Raises:
         EngineError: the engine refused the prompt, or it died.
+        CapacityError: the engine has no room for a further request now.
     """
     text = AnswerText(chat_format, sampling.stop)
     async with aclosing(engine.generate(prompt_tokens, sampling, sorted(chat_format.stop_tokens))) as deltas:
         async for delta in deltas:
-            new = text.add(delta.tokens)
+            new = text.add(delta.tokens) if delta.text is None else text.add_text(delta.text)
             reason = delta.finish_reason
             if reason is not None:
                 new += text.finish()
             if text.stopped:
                 reason = "stop"
-            yield AnswerDelta(new, delta.tokens, delta.logprobs, reason)
+            yield AnswerDelta(new, delta.tokens, delta.logprobs, reason, delta.unlisted_tokens)
             if reason is not None:
                 return
 

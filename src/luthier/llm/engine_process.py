@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.errors import EngineError, NotFoundError
-from luthier.records.completion import FinishReason, Sampling
+from luthier.llm.engine_interface import TokenDelta
+from luthier.llm.process_memory import resident_bytes
+from luthier.records.completion import Sampling
 
 WORKER_MODULE = "luthier.llm.engine.openvino_worker"
 READY_DEADLINE_SECONDS = 300.0
@@ -39,18 +41,6 @@ class EngineOptions:
     cache_gigabytes: int = 2
     threads: int = 0
     precision: Literal["auto", "native", "float32"] = "auto"
-
-
-@dataclass(frozen=True)
-class TokenDelta:
-    """What one step added to an answer; the last delta of an answer has the finish reason.
-
-    ``logprobs`` are natural logarithms under the model itself, before temperature and top_p.
-    """
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: FinishReason | None = None
 
 
 Outcome = TokenDelta | EngineError
@@ -117,6 +107,11 @@ class EngineProcess:
     def generated_tokens(self) -> int:
         """How many tokens the engine has made so far, those of cancelled answers too."""
         return self._generated_tokens
+
+    @property
+    def memory_bytes(self) -> int:
+        """The resident memory of the engine's process."""
+        return resident_bytes(self.pid)
 
     async def generate(
         self, prompt_tokens: Sequence[int], sampling: Sampling, stop_tokens: Sequence[int]

@@ -31,6 +31,7 @@ class Choice:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    token_count: int = 0
     finish_reason: str | None = None
 
     def add(self, delta: AnswerDelta) -> None:
@@ -38,6 +39,7 @@ class Choice:
         self.text += delta.text
         self.tokens += delta.tokens
         self.logprobs += delta.logprobs
+        self.token_count += delta.token_count
         self.finish_reason = delta.finish_reason or self.finish_reason
 
 
@@ -124,7 +126,7 @@ async def complete_chat(chat: Chat) -> Dict:
         "created": chat.created,
         "model": chat.request.model,
         "choices": [_full_choice(chat, choice) for choice in choices],
-        "usage": _usage(chat, sum(len(choice.tokens) for choice in choices)),
+        "usage": _usage(chat, sum(choice.token_count for choice in choices)),
         "system_fingerprint": None,
     }
 
@@ -140,7 +142,7 @@ async def stream_chat(chat: Chat) -> AsyncGenerator[Dict, None]:
         yield _chunk(chat, index, {"role": "assistant", "content": "", "refusal": None})
     async with aclosing(chat.deltas()) as deltas:
         async for index, delta in deltas:
-            completion_tokens += len(delta.tokens)
+            completion_tokens += delta.token_count
             logprobs = _logprobs(chat, delta.tokens, delta.logprobs)
             if delta.text or (logprobs and logprobs["content"]):
                 yield _chunk(chat, index, {"content": delta.text}, logprobs=logprobs)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.errors import CapacityError, EngineError
+from luthier.llm.engine_interface import Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.access import DEFAULT_PROJECT
+from luthier.serve.engine_memory import GIGABYTE, MemoryNeed, default_budget, need_of
 from luthier.templates.chat_format import ChatFormat
 
+MAX_LOADED = 8
 ROOM_DEADLINE_SECONDS = 60.0
+SWEEP_SECONDS = 2.0
+StartEngine = Callable[[Path, EngineOptions], Awaitable[Engine]]
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,16 @@ class ServedModelInfo:
 class LoadedModel:
     """A running engine and how its model writes a conversation."""
 
-    engine: EngineProcess
+    engine: Engine
     chat_format: ChatFormat
 
 
 class _Slot:
     """One folder that is loaded or being loaded, and how many requests hold it."""
 
-    def __init__(self, loading: asyncio.Task[LoadedModel]) -> None:
+    def __init__(self, loading: asyncio.Task[LoadedModel], need: MemoryNeed) -> None:
         self.loading = loading
+        self.need = need
         self.users = 0
         self.last_used = 0
 
@@ -55,6 +61,13 @@ class _Slot:
     def idle(self) -> bool:
         return self.users == 0 and self.loading.done()
 
+    @property
+    def held_bytes(self) -> int:
+        """What a running engine holds, measured, or what one that is loading will; 0 for one that runs elsewhere."""
+        if self.broken or not self.need.expected_bytes:
+            return 0
+        return self.loading.result().engine.memory_bytes if self.loading.done() else self.need.expected_bytes
+
 
 class ModelPool:
     """Running models by name. Everything but the constructor belongs to one event loop.
@@ -65,8 +78,13 @@ class ModelPool:
             share an engine.
         names: Returns the models that a project may list.
         max_loaded: How many engines may run at once; the least recently used idle one makes room.
+        memory_bytes: How much memory all engines together may hold; None takes a share of the machine's. Idle engines
+            make room for one that is to be loaded, and when those that run have grown beyond it.
         options: How to run an engine.
+        start: Starts an engine on a folder; None takes a process of this machine. A folder without ``model.gguf`` is
+            run elsewhere, with a memory of its own, and only ``max_loaded`` bounds it.
         room_deadline_seconds: How long a request waits for room when all engines are busy.
+        sweep_seconds: How often deleted models and grown engines are looked for.
     """
 
     def __init__(
@@ -74,15 +92,22 @@ class ModelPool:
         resolve: Callable[[str, str], Path],
         names: Callable[[str], list[ServedModelInfo]],
         *,
-        max_loaded: int = 2,
+        max_loaded: int = MAX_LOADED,
+        memory_bytes: int | None = None,
         options: EngineOptions | None = None,
+        start: StartEngine | None = None,
         room_deadline_seconds: float = ROOM_DEADLINE_SECONDS,
+        sweep_seconds: float = SWEEP_SECONDS,
     ) -> None:
         self._resolve = resolve
         self._names = names
         self._max_loaded = max_loaded
+        self._memory_bytes = default_budget() if memory_bytes is None else memory_bytes
         self._options = options or EngineOptions()
+        self._start: StartEngine = start or EngineProcess.start
         self._room_deadline_seconds = room_deadline_seconds
+        self._sweep_seconds = sweep_seconds
+        self._sweeping: asyncio.Task[None] | None = None
         self._slots: dict[Path, _Slot] = {}
         self._clock = itertools.count(1)
         self._released = asyncio.Event()
@@ -105,7 +130,7 @@ class ModelPool:
         Raises:
             NotFoundError: no such model.
             EngineError: the model cannot be loaded.
-            CapacityError: all engines stayed busy until the deadline.
+            CapacityError: the model is larger than all engines may be, or they stayed busy until the deadline.
         """
         folder = await asyncio.to_thread(self._resolve, project, name)
         slot = self._slot(folder)
@@ -120,6 +145,9 @@ class ModelPool:
     async def close(self) -> None:
         """End all engines; requests in flight fail."""
         self._closed = True
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
         slots, self._slots = list(self._slots.values()), {}
         await asyncio.gather(*(_unload(slot) for slot in slots))
 
@@ -128,37 +156,53 @@ class ModelPool:
             raise EngineError("The server is shutting down.")
         slot = self._slots.get(folder)
         if slot is None or slot.broken:
-            slot = self._slots[folder] = _Slot(asyncio.create_task(self._load(folder, replaced=slot)))
+            need = need_of(folder, self._options.cache_gigabytes)
+            replaced = self._slots.pop(folder, None)  # the new one takes its place behind those that run
+            slot = self._slots[folder] = _Slot(asyncio.create_task(self._load(folder, need, replaced)), need)
+            self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
         return slot
 
-    async def _load(self, folder: Path, replaced: _Slot | None) -> LoadedModel:
+    async def _load(self, folder: Path, need: MemoryNeed, replaced: _Slot | None) -> LoadedModel:
         if replaced is not None:
             await _unload(replaced)
+        if need.least_bytes > self._memory_bytes:
+            raise CapacityError(
+                f"The model in {folder.name} needs {need.least_bytes / GIGABYTE:.1f} GiB, and engines may hold "
+                f"{self._memory_bytes / GIGABYTE:.1f} GiB in all.",
+                hint="let engines hold more: LUTHIER_ENGINE_MEMORY",
+            )
         chat_format = await asyncio.to_thread(ChatFormat.load, folder)
         await self._make_room(folder)
-        return LoadedModel(await EngineProcess.start(folder, self._options), chat_format)
+        return LoadedModel(await self._start(folder, self._options), chat_format)
 
     async def _make_room(self, folder: Path) -> None:
-        """Unload idle models until this one is within the limit, waiting for busy ones to become idle."""
-        try:
-            async with asyncio.timeout(self._room_deadline_seconds):
-                while self._rank(folder) >= self._max_loaded:
-                    self._released.clear()
-                    if not await self._unload_idle():
-                        await self._released.wait()
-        except TimeoutError:
-            raise CapacityError(
-                f"All {self._max_loaded} models that may run at once stayed busy for {self._room_deadline_seconds:g} "
-                "seconds.",
-                hint="try again, or let more models run at once",
-            ) from None
+        """Unload idle models until this one is within the limits, waiting for busy ones to become idle."""
+        deadline = asyncio.get_running_loop().time() + self._room_deadline_seconds
+        while not self._has_room(folder):
+            self._released.clear()
+            if await self._unload_idle():
+                continue
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._released.wait()
+            except TimeoutError:
+                raise CapacityError(
+                    f"The models that run ({self._max_loaded} at most, {self._memory_bytes / GIGABYTE:.1f} GiB) stayed "
+                    f"busy for {self._room_deadline_seconds:g} seconds.",
+                    hint="try again, or let engines hold more: LUTHIER_ENGINE_MEMORY, LUTHIER_MAX_LOADED",
+                ) from None
 
-    def _rank(self, folder: Path) -> int:
-        """Return how many sound slots were opened before this folder's."""
-        earlier = itertools.takewhile(lambda other: other != folder, self._slots)
-        return sum(not self._slots[other].broken for other in earlier)
+    def _has_room(self, folder: Path) -> bool:
+        """Return whether a folder fits beside those whose slots were opened before. Alone, it always does."""
+        earlier = [self._slots[other] for other in itertools.takewhile(lambda other: other != folder, self._slots)]
+        sound = [slot for slot in earlier if not slot.broken]
+        if not sound:
+            return True
+        held = sum(slot.held_bytes for slot in sound) + self._slots[folder].need.expected_bytes
+        return len(sound) < self._max_loaded and held <= self._memory_bytes
 
     async def _unload_idle(self) -> bool:
+        """Unload the least recently used idle model; return whether there was one."""
         idle = [folder for folder, slot in self._slots.items() if slot.idle]
         if not idle:
             return False
@@ -166,9 +210,29 @@ class ModelPool:
         await _unload(self._slots.pop(oldest))
         return True
 
+    async def _sweep(self) -> None:
+        """Unload idle models whose files are gone, and the oldest idle ones while all hold too much."""
+        while True:
+            await asyncio.sleep(self._sweep_seconds)
+            gone = await asyncio.to_thread(_missing, list(self._slots))
+            for folder in gone:
+                if folder in self._slots and self._slots[folder].idle:
+                    await _unload(self._slots.pop(folder))
+            while len(self._slots) > 1 and self._held_bytes > self._memory_bytes and await self._unload_idle():
+                pass
+            self._released.set()
+
+    @property
+    def _held_bytes(self) -> int:
+        return sum(slot.held_bytes for slot in self._slots.values())
+
+
+def _missing(folders: list[Path]) -> list[Path]:
+    return [folder for folder in folders if not folder.is_dir()]
+
 
 async def _unload(slot: _Slot) -> None:
     slot.loading.cancel()  # a load under way; one that is done stays as it is
-    with contextlib.suppress(asyncio.CancelledError, Exception):
-        loaded = await slot.loading
-        await loaded.engine.close()
+    await asyncio.wait([slot.loading])
+    if not slot.loading.cancelled() and slot.loading.exception() is None:
+        await slot.loading.result().engine.close()

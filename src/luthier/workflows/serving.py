@@ -10,13 +10,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from luthier.errors import EngineError
-from luthier.serve.pool import ModelPool, ServedModelInfo
+from luthier.errors import EngineError, InputError
+from luthier.llm.engine_interface import Engine
+from luthier.llm.engine_process import EngineOptions, EngineProcess
+from luthier.llm.engine_servers import EngineServers, Servable
+from luthier.records.base_model import BaseModelInfo
+from luthier.serve.pool import MAX_LOADED, ModelPool, ServedModelInfo
+from luthier.settings import Settings
 from luthier.store.store import Store
-from luthier.workflows.models import SERVED_FORM, model_named, served_folder
+from luthier.workflows.models import GGUF_FILE, SERVED_FORM, decoder, model_named, served_folder
 from luthier.workflows.sharing import models_shared_with
 
 STOP_SECONDS = 15.0
+HERE = "openvino"
+MAX_LOADED_REMOTE = 32  # most are adapters, a few megabytes each
 
 
 def model_pool(
@@ -25,6 +32,7 @@ def model_pool(
     *,
     only_extra: bool = False,
     stand_ins: Mapping[str, str] | None = None,
+    settings: Settings | None = None,
 ) -> ModelPool:
     """Return a pool of all models that can be served, loaded on first use.
 
@@ -33,19 +41,69 @@ def model_pool(
         extra: Further models: name → folder with ``model.gguf`` and its chat format.
         only_extra: Leave the store's own models out.
         stand_ins: Patterns of names that a client may ask for (``gpt-4o-mini*``) → the base that answers.
+        settings: What runs the store's models, and how much memory it may take; None takes engines of this machine.
+            The further models always run here.
     """
     folders = dict(extra or {})
+    servers = EngineServers(settings.engine, settings.engine_api_key) if settings and settings.engine != HERE else None
+    servables: dict[Path, Servable] = {}
 
     def resolve(project: str, name: str) -> Path:
         if name in folders or only_extra:
             return folders[name]
-        return served_folder(store, model_named(store, project, name, stand_ins), project=project)
+        known = model_named(store, project, name, stand_ins)
+        if servers is None:
+            return served_folder(store, known, project=project)
+        folder, servable = _servable(store, known, project, servers)
+        servables[folder] = servable
+        return folder
+
+    async def start(folder: Path, options: EngineOptions) -> Engine:
+        if servers is None or folder not in servables:
+            return await EngineProcess.start(folder, options)
+        return await servers.start(servables[folder])
 
     def names(project: str) -> list[ServedModelInfo]:
         listed = [ServedModelInfo(name, created=0, owned_by="extra") for name in folders]
         return listed if only_extra else listed + _models_of(store, project)
 
-    return ModelPool(resolve, names)
+    usual = MAX_LOADED if servers is None else MAX_LOADED_REMOTE
+    return ModelPool(
+        resolve,
+        names,
+        start=start,
+        max_loaded=(settings and settings.max_loaded) or usual,
+        memory_bytes=settings.engine_memory if settings else None,
+    )
+
+
+def _servable(store: Store, name: str, project: str, servers: EngineServers) -> tuple[Path, Servable]:
+    """Return the folder of a model's chat format, and what a server needs to run the model.
+
+    Raises:
+        NotFoundError: the project has no model of that name.
+        InputError: the model writes no answers, or has no GGUF form for a server that reads one.
+    """
+    if servers.takes_gguf:
+        folder = served_folder(store, name, project=project)
+        return folder, Servable(name, folder, (name,), gguf=folder / GGUF_FILE)
+    if not name.startswith("ft:"):
+        base = decoder(store, name)
+        folder = store.models.base_folder(base)
+        return folder, Servable(name, folder, _names_of(base))
+    model = store.models.get(name, project=project)
+    if model.product != "generator":
+        raise InputError(f"The model {model.name!r} is a {model.product} and writes no answers: it is not served.")
+    merged = store.models.artifact_folder(model.artifacts["merged"])
+    if "adapter" not in model.artifacts or not servers.takes_adapters:
+        return merged, Servable(model.name, merged, (model.name,))
+    base = decoder(store, model.base)
+    adapter = store.models.artifact_folder(model.artifacts["adapter"])
+    return merged, Servable(model.name, store.models.base_folder(base), _names_of(base), adapter=adapter)
+
+
+def _names_of(base: BaseModelInfo) -> tuple[str, ...]:
+    return base.id, base.source.removeprefix("hub:")
 
 
 def _models_of(store: Store, project: str) -> list[ServedModelInfo]:

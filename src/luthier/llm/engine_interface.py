@@ -1,0 +1,72 @@
+"""What every engine can do: tokens in, tokens out, cancelled by closing.
+
+Two things implement it: a process of openvino-genai on this machine (:mod:`luthier.llm.engine_process`), and a server
+that speaks OpenAI's API, such as vLLM (:mod:`luthier.llm.remote_engine`). Neither ever sees a conversation: the
+renderer (:mod:`luthier.templates.chat_format`) has made tokens of it, the same ones as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from luthier.records.completion import FinishReason, Sampling
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """What one step added to an answer; the last delta of an answer has the finish reason.
+
+    ``logprobs`` are natural logarithms under the model itself, before temperature and top_p; an engine that does not
+    tell them gives none. An engine that tells no tokens gives ``text`` in their place, and says in
+    ``unlisted_tokens`` how many tokens it counted.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason | None = None
+    text: str | None = None
+    unlisted_tokens: int = 0
+
+
+class Engine(Protocol):
+    """A model that is running. All calls belong to the event loop that started it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine can take requests."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """How many answers are being generated or waited for."""
+        ...
+
+    @property
+    def generated_tokens(self) -> int:
+        """How many tokens the engine has made so far, those of cancelled answers too."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """How much of this machine's memory the engine holds now; 0 where it runs elsewhere."""
+        ...
+
+    def generate(
+        self, prompt_tokens: Sequence[int], sampling: Sampling, stop_tokens: Sequence[int]
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Yield an answer's tokens as they come; the last delta has a finish reason.
+
+        Closing the iterator early, or cancelling the task that reads it, cancels the answer in the engine at once.
+        ``sampling.stop`` is not looked at: strings are the business of :mod:`luthier.llm.answer_stream`.
+
+        Raises:
+            EngineError: the engine refused the prompt, or it died.
+            CapacityError: the engine has no room for a further request now.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free the model; answers still in flight raise EngineError. May be called twice."""
+        ...
