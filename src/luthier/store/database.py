@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from luthier.errors import ConflictError, DiskFullError
 
-HEAD = "0002"
+HEAD = "0003"
 BUSY_TIMEOUT_MS = 30_000
 MIGRATIONS = Path(__file__).parent / "migrations"
 

@@ -14,7 +14,9 @@ from luthier.store.datasets import DatasetStore
 from luthier.store.evaluations import EvaluationStore
 from luthier.store.keys import KeyStore
 from luthier.store.models import ModelStore
+from luthier.store.outbox import Outbox
 from luthier.store.runs import RunStore
+from luthier.store.secret_key import SecretKey
 from luthier.store.templates import TemplateStore
 
 
@@ -36,6 +38,8 @@ class Store:
         self.runs = RunStore(self.database)
         self.evaluations = EvaluationStore(self.database)
         self.keys = KeyStore(self.database)
+        self.secret_key = SecretKey(home / "secret.key")
+        self.outbox = Outbox(self.database)
         self.files = Collection(self.database, "file", StoredFile)
         self.uploads = Collection(self.database, "upload", Upload)
         self.upload_parts = Collection(self.database, "upload part", UploadPart)

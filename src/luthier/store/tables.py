@@ -63,6 +63,14 @@ run_events = sa.Table(
     sa.Column("data", sa.JSON, nullable=False),
 )
 
+# The end of a run that was announced (luthier.store.outbox); one that goes on and ends again is announced again.
+announcements = sa.Table(
+    "announcements",
+    metadata,
+    sa.Column("run_id", sa.String, sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("finished_at", sa.Float, nullable=False),
+)
+
 models = sa.Table(
     "models",
     metadata,
