@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from luthier.api.background import Background, housekeeping, supervision, unready
 from luthier.api.errors import answer_errors
 from luthier.api.middleware import BodyLimit, RequestIds
+from luthier.api.resident import residence
 from luthier.api.routes import ROUTERS
 from luthier.api.service import Service
 
@@ -40,7 +41,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _background(service: Service) -> list[Background]:
-    return [housekeeping, supervision] if service.executes_runs else []
+    return [housekeeping, supervision, residence] if service.executes_runs else []
 
 
 async def health() -> dict[str, str]:

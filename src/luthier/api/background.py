@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from luthier.api.service import Service
+from luthier.jobs.resident import Residents
 from luthier.jobs.supervise import Supervisor
 from luthier.store.store import Store
 from luthier.workflows.files import expire_files
@@ -77,4 +78,7 @@ def unready(app: FastAPI) -> list[str]:
     supervisor: Supervisor | None = getattr(app.state, "supervisor", None)
     if supervisor is not None and not supervisor.alive:
         reasons.append("nobody watches the queue of runs")
+    residents: Residents | None = getattr(app.state, "residents", None)
+    if residents is not None and not residents.alive:
+        reasons.append("nobody watches the queue of batches")
     return reasons

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+import logging
 from typing import Any
 
 from starlette.types import ASGIApp, Message
 
 from luthier.api.middleware import REQUEST_ID
 from luthier.api.service import CALLER
+from luthier.jobs.resident_context import Answer
 from luthier.records.access import Caller
 
+__all__ = ["Answer", "call"]
 
-@dataclass(frozen=True)
-class Answer:
-    """What a route answered: its status, its JSON body, and the id of the request."""
-
-    status: int
-    body: Any
-    request_id: str
+log = logging.getLogger("luthier.api")
 
 
 async def call(app: ASGIApp, caller: Caller, method: str, path: str, body: dict[str, Any] | None = None) -> Answer:
@@ -49,7 +45,7 @@ async def call(app: ASGIApp, caller: Caller, method: str, path: str, body: dict[
         "server": None,
         CALLER: caller,
     }
-    status, received, sent = 0, bytearray(), False
+    status, headers, received, sent = 0, dict[bytes, bytes](), bytearray(), False
 
     async def receive() -> Message:
         nonlocal sent
@@ -59,11 +55,18 @@ async def call(app: ASGIApp, caller: Caller, method: str, path: str, body: dict[
         return {"type": "http.request", "body": content, "more_body": False}
 
     async def send(message: Message) -> None:
-        nonlocal status
+        nonlocal status, headers
         if message["type"] == "http.response.start":
-            status = message["status"]
+            status, headers = message["status"], dict(message["headers"])
         elif message["type"] == "http.response.body":
             received.extend(message.get("body", b""))
 
-    await app(scope, receive, send)
-    return Answer(status, json.loads(bytes(received) or b"null"), scope.get(REQUEST_ID, ""))
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        if not status:
+            raise
+        log.exception("a request from within was answered with %d", status)  # a bug is answered, then raised
+    retry_after = headers.get(b"retry-after", b"").decode()
+    seconds = float(retry_after) if retry_after.isdecimal() else None
+    return Answer(status, json.loads(bytes(received) or b"null"), scope.get(REQUEST_ID, ""), seconds)

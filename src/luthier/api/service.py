@@ -32,7 +32,8 @@ class Service:
     """A running service.
 
     ``api_key`` is one key of the default project that is not in the database, for the environment of a container.
-    ``processes`` is how many runs of the queue this service executes at once; 0 leaves the queue to others.
+    ``processes`` is how many runs of the queue this service executes at once in processes of their own; 0 leaves the
+    queue to others. ``resident_runs`` is how many batches and runs of evals it executes itself meanwhile.
     """
 
     store: Store
@@ -40,6 +41,7 @@ class Service:
     api_key: str | None = None
     limits: Limits = Limits()
     processes: int = 0
+    resident_runs: int = 4
 
     @property
     def executes_runs(self) -> bool:

@@ -28,13 +28,14 @@ def up(
     port: int = PORT,
     api_key: str = API_KEY,
     workers: int = typer.Option(1, min=1, help="How many runs (training, evaluation) are executed at once."),
+    batches: int = typer.Option(4, min=1, help="How many batches and runs of evals are executed at once."),
     announce: bool = ANNOUNCE,
 ) -> None:
     """Start the whole service on one port: OpenAI's API, all models, and the runs that wait in the queue.
 
     Ctrl-C or SIGTERM ends it: requests under way get ten seconds, runs go back into the queue at their next step.
     """
-    _serve(host, port, api_key, announce=announce, processes=workers)
+    _serve(host, port, api_key, announce=announce, processes=workers, resident_runs=batches)
 
 
 def serve(
@@ -57,6 +58,7 @@ def _serve(
     *,
     announce: bool,
     processes: int = 0,
+    resident_runs: int = 1,
     folders: Mapping[str, Path] | None = None,
     only_extra: bool = False,
 ) -> None:
@@ -89,7 +91,8 @@ def _serve(
 
     if announce:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    run_server(create_app(Service(store, pool, api_key, processes=processes)), host, port, ready)
+    service = Service(store, pool, api_key, processes=processes, resident_runs=resident_runs)
+    run_server(create_app(service), host, port, ready)
 
 
 def _end_with_standard_input() -> None:

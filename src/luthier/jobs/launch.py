@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from luthier.errors import EngineError
-from luthier.jobs.worker import is_dead
+from luthier.jobs.worker import WORKFLOWS, is_dead
 from luthier.records.access import DEFAULT_PROJECT
 from luthier.records.record import Record
 from luthier.records.run import Run, RunEvent, RunKind
@@ -70,7 +70,8 @@ def follow(
 ) -> Run:
     """Pass on a run's events until it ends or pauses, and return it.
 
-    A run whose process died is started again, as often as the queue allows.
+    A run whose process died is started again, as often as the queue allows. One that the server process executes is
+    waited for.
 
     Raises:
         EngineError: a process that was started for it ended before it took the run up.
@@ -86,7 +87,8 @@ def follow(
             if process:
                 process.wait()
             return run
-        if (run.status == "queued" or _lost_its_process(run)) and (process is None or process.poll() is not None):
+        waits = run.kind in WORKFLOWS and (run.status == "queued" or _lost_its_process(run))
+        if waits and (process is None or process.poll() is not None):
             if process and process.returncode and not store.runs.get(run_id).attempts:
                 raise EngineError(
                     f"The process for run {run_id} ended with code {process.returncode} before it took the run up.",

@@ -23,8 +23,9 @@ from typing import Any
 
 import psutil
 
-from luthier.errors import ConflictError, DiskFullError, LuthierError, RunStopped
+from luthier.errors import ConflictError, LuthierError
 from luthier.jobs.context import RunContext
+from luthier.jobs.ending import end_with_error
 from luthier.records.run import Run, RunKind, RunRequest
 from luthier.store.artifacts import full_disk_is_an_error
 from luthier.store.store import Store
@@ -85,24 +86,10 @@ def _execute(store: Store, run: Run, owner: str, context: RunContext) -> None:
         with full_disk_is_an_error(store.home):
             result = _workflow(run.kind)(context)
         store.runs.finish(run.id, owner, "succeeded", result=result)
-    except RunStopped as stopped:
-        store.runs.add_event(run.id, str(stopped), level="warning")
-        if context.request is None:
-            store.runs.hand_back(run.id, owner)
-        else:
-            store.runs.finish(run.id, owner, "cancelled" if context.request == "cancel" else "paused")
-    except DiskFullError as error:
-        # What is finished stays, and the run goes on when there is space again.
-        store.runs.add_event(run.id, str(error), level="error")
-        store.runs.finish(run.id, owner, "paused", error=str(error))
-    except LuthierError as error:
-        store.runs.add_event(run.id, str(error), level="error")
-        store.runs.finish(run.id, owner, "failed", error=str(error))
     except Exception as error:  # noqa: BLE001 - the one place where anything at all must become a status
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error} (traceback: luthier run logs --output {run.id})"
-        store.runs.add_event(run.id, message, level="error")
-        store.runs.finish(run.id, owner, "failed", error=message)
+        if not isinstance(error, LuthierError):
+            traceback.print_exc()
+        end_with_error(store, run, owner, error, context.request)
 
 
 def _workflow(kind: RunKind) -> Callable[[RunContext], dict[str, Any]]:

@@ -119,12 +119,13 @@ class RunStore:
         run_id: str | None = None,
         *,
         kinds: Collection[RunKind] | None = None,
+        max_attempts: int = MAX_ATTEMPTS,
     ) -> Run | None:
         """Take the oldest run that waits, or whose owner is gone; None where there is none.
 
         ``run_id`` asks for one run, ``kinds`` for those of some kinds.
 
-        A run whose owners died :data:`MAX_ATTEMPTS` times is marked as failed instead of being taken again.
+        A run whose owners died ``max_attempts`` times is marked as failed instead of being taken again.
         """
         query = sa.select(runs).where(runs.c.status.in_(("queued", "running"))).order_by(runs.c.created_at)
         if run_id:
@@ -135,8 +136,8 @@ class RunStore:
             for row in connection.execute(query).mappings().all():
                 if row["status"] == "running" and row["lease_until"] > time.time() and not is_dead(row["owner"]):
                     continue
-                if row["attempts"] >= MAX_ATTEMPTS:
-                    message = f"The process that ran it died {MAX_ATTEMPTS} times."
+                if row["attempts"] >= max_attempts:
+                    message = f"The process that ran it died {max_attempts} times."
                     _finish(connection, row["id"], "failed", error=message)
                     continue
                 _take(connection, row, owner, lease_seconds)
