@@ -1,8 +1,9 @@
-"""What every engine can do: tokens in, tokens out, cancelled by closing.
+"""What every engine can do: tokens in, tokens out, cancelled by closing. What an encoder can: tokens in, vectors out.
 
-Two things implement it: a process of openvino-genai on this machine (:mod:`luthier.llm.engine_process`), and a server
-that speaks OpenAI's API, such as vLLM (:mod:`luthier.llm.remote_engine`). Neither ever sees a conversation: the
-renderer (:mod:`luthier.templates.chat_format`) has made tokens of it, the same ones as in training.
+Two things implement :class:`Engine`: a process of openvino-genai on this machine (:mod:`luthier.llm.engine_process`),
+and a server that speaks OpenAI's API, such as vLLM (:mod:`luthier.llm.remote_engine`). Neither ever sees a
+conversation: the renderer (:mod:`luthier.templates.chat_format`) has made tokens of it, the same ones as in training.
+One implements :class:`Encoder`: a process of torch on this machine (:mod:`luthier.llm.encoder_process`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from luthier.records.completion import FinishReason, Sampling
 
@@ -30,27 +34,35 @@ class TokenDelta:
     unlisted_tokens: int = 0
 
 
-class Engine(Protocol):
+class RunningModel(Protocol):
     """A model that is running. All calls belong to the event loop that started it."""
 
     @property
     def alive(self) -> bool:
-        """Whether the engine can take requests."""
+        """Whether it can take requests."""
         ...
 
     @property
     def in_flight(self) -> int:
-        """How many answers are being generated or waited for."""
-        ...
-
-    @property
-    def generated_tokens(self) -> int:
-        """How many tokens the engine has made so far, those of cancelled answers too."""
+        """How many requests are being answered or wait for it."""
         ...
 
     @property
     def memory_bytes(self) -> int:
-        """How much of this machine's memory the engine holds now; 0 where it runs elsewhere."""
+        """How much of this machine's memory it holds now; 0 where it runs elsewhere."""
+        ...
+
+    async def close(self) -> None:
+        """Free the model; requests still in flight raise EngineError. May be called twice."""
+        ...
+
+
+class Engine(RunningModel, Protocol):
+    """A model that writes."""
+
+    @property
+    def generated_tokens(self) -> int:
+        """How many tokens the engine has made so far, those of cancelled answers too."""
         ...
 
     def generate(
@@ -67,6 +79,16 @@ class Engine(Protocol):
         """
         ...
 
-    async def close(self) -> None:
-        """Free the model; answers still in flight raise EngineError. May be called twice."""
+
+class Encoder(RunningModel, Protocol):
+    """A model that reads, and makes vectors of texts."""
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return one vector of length 1 for each text, which is given as tokens: (texts, dimensions).
+
+        Cancelling the task that waits drops what is not computed yet.
+
+        Raises:
+            EngineError: the encoder refused a text, or it died.
+        """
         ...

@@ -24,6 +24,7 @@ from luthier.records.base_model import CatalogueEntry
 OnBytes = Callable[[int, int], None]
 POLL_SECONDS = 0.2
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*")
+POOLING_FILE = "*Pooling/config.json"  # how a model of sentence-transformers makes one vector of a text
 SAFE_WEIGHTS = (".safetensors", ".gguf")
 CODE_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack")
 COPY_BYTES = 1 << 20
@@ -127,15 +128,16 @@ def _fetch_hub(repository: str, folder: Path) -> None:
             "Fetching from a hub needs huggingface_hub.", hint="pip install luthier[local]"
         ) from error
     try:  # resumes by itself: finished files and partial ones stay in the hub's own cache
-        cached = snapshot_download(repository, allow_patterns=[*TEXT_FILES, "*.safetensors"])
+        cached = snapshot_download(repository, allow_patterns=[*TEXT_FILES, POOLING_FILE, "*.safetensors"])
     except (OSError, ValueError) as error:
         raise NotFoundError(
             f"The hub model {repository!r} could not be fetched: {str(error).splitlines()[0]}",
             hint="check the id, the network, and (for models with conditions) your hub login",
         ) from error
-    for path in Path(cached).rglob("*"):
-        if path.is_file() and path.parent == Path(cached):
+    for path in Path(cached).iterdir():
+        if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    _copy_pooling(Path(cached), folder)
 
 
 def _copy_folder(source: Path, folder: Path, on_bytes: OnBytes | None) -> None:
@@ -145,7 +147,15 @@ def _copy_folder(source: Path, folder: Path, on_bytes: OnBytes | None) -> None:
         shutil.copyfile(path, folder / path.name)
         done += path.stat().st_size
         _report(on_bytes, done, total)
+    _copy_pooling(source, folder)
     _refuse_code_only(source)
+
+
+def _copy_pooling(source: Path, folder: Path) -> None:
+    for path in source.glob(POOLING_FILE):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir()
+        shutil.copyfile(path, target)
 
 
 def _refuse_code_only(source: Path) -> None:

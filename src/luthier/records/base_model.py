@@ -39,7 +39,7 @@ class BaseModelInfo(Record):
 
     ``sha256`` is the hash of its weights file list (see :func:`luthier.store.artifacts.folder_hash`), and names
     the model in the record of everything that is trained from it. A decoder writes; an encoder reads whole texts, for
-    classification and embeddings: it has no chat format ("none") and is never served.
+    classification and embeddings: it has no chat format ("none").
     """
 
     id: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -11,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.errors import InputError
-from luthier.llm.answer_stream import AnswerDelta, stream_answer
+from luthier.llm.answer_stream import AnswerDelta
 from luthier.records.completion import Sampling
+from luthier.serve.answers import Choice, Question, answer_all
 from luthier.serve.api_error import ApiError
 from luthier.serve.chat_request import ChatRequest
 from luthier.serve.pool import LoadedModel
@@ -21,26 +21,6 @@ from luthier.templates.chat_format import ChatFormat
 DEFAULT_TEMPERATURE = 1.0
 SMALLEST_TOP_P = 1e-6  # top_p 0 means the likeliest token alone
 Dict = dict[str, Any]
-
-
-@dataclass
-class Choice:
-    """One answer as far as it has come."""
-
-    index: int
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    token_count: int = 0
-    finish_reason: str | None = None
-
-    def add(self, delta: AnswerDelta) -> None:
-        """Take what is new."""
-        self.text += delta.text
-        self.tokens += delta.tokens
-        self.logprobs += delta.logprobs
-        self.token_count += delta.token_count
-        self.finish_reason = delta.finish_reason or self.finish_reason
 
 
 @dataclass(frozen=True)
@@ -54,34 +34,13 @@ class Chat:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, AnswerDelta], None]:
+    def deltas(self) -> AsyncGenerator[tuple[int, AnswerDelta], None]:
         """Yield (choice, delta) of all choices as they come; closing it cancels them all.
 
         Raises:
             EngineError: the engine refused the prompt, or it died.
         """
-        arrivals: asyncio.Queue[tuple[int, AnswerDelta] | Exception] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._answer(index, arrivals)) for index in range(len(self.samplings))]
-        unfinished = len(tasks)
-        try:
-            while unfinished:
-                arrival = await arrivals.get()
-                if isinstance(arrival, Exception):
-                    raise arrival
-                unfinished -= arrival[1].finish_reason is not None
-                yield arrival
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _answer(self, index: int, arrivals: asyncio.Queue[tuple[int, AnswerDelta] | Exception]) -> None:
-        answer = stream_answer(self.loaded.engine, self.loaded.chat_format, self.prompt_tokens, self.samplings[index])
-        try:
-            async with aclosing(answer) as deltas:
-                async for delta in deltas:
-                    arrivals.put_nowait((index, delta))
-        except Exception as error:  # noqa: BLE001 - handed to the reader, who raises it
-            arrivals.put_nowait(error)
+        return answer_all(self.loaded, [Question(self.prompt_tokens, sampling) for sampling in self.samplings])
 
 
 def prepare_chat(request: ChatRequest, loaded: LoadedModel) -> Chat:

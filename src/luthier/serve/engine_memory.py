@@ -10,6 +10,7 @@ import psutil
 DEFAULT_SHARE = 0.7
 PROCESS_BYTES = 160 * 2**20  # measured: an engine without a model to speak of
 BYTES_PER_FILE_BYTE = 4.0  # measured: the mapped file, and openvino's own copies of float16 weights
+ENCODER_PROCESS_BYTES = 400 * 2**20  # measured: torch and transformers without a model to speak of
 GIGABYTE = 2**30
 
 
@@ -37,3 +38,9 @@ def need_of(folder: Path, cache_gigabytes: int) -> MemoryNeed:
         return MemoryNeed(0, 0)
     cache = cache_gigabytes * GIGABYTE
     return MemoryNeed(size + PROCESS_BYTES, int(size * BYTES_PER_FILE_BYTE) + PROCESS_BYTES + cache)
+
+
+def encoder_need(folder: Path) -> MemoryNeed:
+    """Return what an encoder in a folder of safetensors needs: its weights in float32, and the texts of a step."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return MemoryNeed(size + ENCODER_PROCESS_BYTES, 2 * size + ENCODER_PROCESS_BYTES)

@@ -112,6 +112,28 @@ def decoder(store: Store, name: str) -> BaseModelInfo:
     return info
 
 
+def encoder_folder(store: Store, name: str, *, project: str | None = None) -> Path:
+    """Return the folder of a base model that reads: its weights and its tokenizer.
+
+    Raises:
+        NotFoundError: there is no model of that name.
+        InputError: the model is no encoder, or one with a head of its own.
+    """
+    if name.startswith("ft:"):
+        owner = owner_of(store, project, name) if project is not None else None
+        is_part = is_checkpoint(name) and checkpoint_named(store, owner, name)
+        what = "a checkpoint" if is_part else f"a {store.models.get(name, project=owner).product}"
+        raise InputError(f"The model {name!r} is {what}: vectors of texts come from an encoder that is a base model.")
+    info = store.models.base(name)
+    if info.kind != "encoder":
+        raise InputError(
+            f"The base model {name!r} is a decoder ({info.architecture}): it writes answers; vectors come "
+            "from an encoder.",
+            hint="for vectors take an encoder: luthier model pull minilm-l6",
+        )
+    return store.models.base_folder(info)
+
+
 def model_named(store: Store, project: str, name: str, stand_ins: Mapping[str, str] | None = None) -> str:
     """Return the base or tuned model that a name means: itself, what an alias points at, or a stand-in.
 

@@ -33,14 +33,20 @@ class EncoderModel:
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yield (indices of examples, outputs of the head (N, outputs) in float32), shortest texts first."""
         for indices in by_length([len(example.tokens) for example in examples], tokens_per_batch):
-            lengths_N = torch.tensor([len(examples[i].tokens) for i in indices])
-            tokens_NL = torch.zeros(len(indices), int(lengths_N.max()), dtype=torch.long)
-            for row, index in enumerate(indices):
-                tokens_NL[row, : len(examples[index].tokens)] = torch.tensor(examples[index].tokens)
-            real_NL = (torch.arange(tokens_NL.shape[1])[None] < lengths_N[:, None]).long()
+            tokens_NL, real_NL = padded([examples[index].tokens for index in indices])
             with autocast(self.dtype, self.device):
                 found = self.model(input_ids=tokens_NL.to(self.device), attention_mask=real_NL.to(self.device))
             yield indices, found.logits.float()
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return texts as tokens (N, L), and which of them are real: 1, or 0 for padding (N, L)."""
+    lengths_N = torch.tensor([len(text) for text in texts])
+    tokens_NL = torch.zeros(len(texts), int(lengths_N.max()), dtype=torch.long)
+    for row, text in enumerate(texts):
+        tokens_NL[row, : len(text)] = torch.tensor(text)
+    real_NL = (torch.arange(tokens_NL.shape[1])[None] < lengths_N[:, None]).long()
+    return tokens_NL, real_NL
 
 
 def by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

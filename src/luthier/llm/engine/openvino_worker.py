@@ -7,23 +7,15 @@ In:  ``{"op": "generate", "id", "tokens", "sampling", "stop_tokens"}``, ``{"op":
 
 Out: ``{"op": "ready", …}``, ``{"op": "step", "deltas": [[id, tokens, logprobs, finish_reason or null], …]}`` (one line
 per step of the engine), ``{"op": "error", "id", "message"}``
-
-The process ends at once when its socket closes, so that no engine outlives its parent, however the parent died.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
-import os
-import queue
 import random
-import signal
-import socket
 import struct
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from luthier.llm.engine.prefix_gate import PrefixGate, prefix_blocks
+from luthier.llm.engine.worker_socket import WorkerSocket, worker_arguments
 
 TELEMETRY_MODULE = "openvino_telemetry"
 MAX_BATCHED_TOKENS = 256
@@ -44,17 +37,14 @@ SEED_BITS = 31
 def main() -> None:
     """Load the model, say "ready", and serve until told to stop or until the parent is gone."""
     options = _arguments()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = socket.socket(fileno=options.fd)
-    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_read_messages, args=(connection, inbox), daemon=True).start()
+    connection = WorkerSocket(options.fd)
     started = time.monotonic()
     forbid_telemetry()
     path = options.model / "model.gguf"
     properties = plugin_properties(options.precision, is_quantised(path), options.threads)
     pipeline = load_pipeline(path, options.cache_gigabytes, properties)
-    _send(connection, {"op": "ready", "load_seconds": time.monotonic() - started, "properties": properties})
-    Worker(pipeline, connection, inbox).run()
+    connection.send({"op": "ready", "load_seconds": time.monotonic() - started, "properties": properties})
+    Worker(pipeline, connection).run()
 
 
 def forbid_telemetry() -> None:
@@ -118,10 +108,10 @@ class Request:
 class Worker:
     """Moves requests from the inbox into the pipeline, steps it, and sends what each step produced."""
 
-    def __init__(self, pipeline: Any, connection: socket.socket, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    def __init__(self, pipeline: Any, connection: WorkerSocket) -> None:
         self._pipeline = pipeline
         self._connection = connection
-        self._inbox = inbox
+        self._inbox = connection.inbox
         self._gate = PrefixGate()
         self._waiting: dict[int, Request] = {}
         self._running: dict[int, Request] = {}
@@ -179,7 +169,7 @@ class Worker:
     def _send_deltas(self) -> None:
         deltas = [delta for request in list(self._running.values()) if (delta := self._read(request))]
         if deltas:
-            _send(self._connection, {"op": "step", "deltas": deltas})
+            self._connection.send({"op": "step", "deltas": deltas})
 
     def _read(self, request: Request) -> list[Any] | None:
         """Return what is new of one request as [id, tokens, logprobs, finish reason], or None."""
@@ -203,7 +193,7 @@ class Worker:
         return [request.id, tokens, logprobs, "length" if ran_out else "stop"]
 
     def _fail(self, request_id: int, message: str) -> None:
-        _send(self._connection, {"op": "error", "id": request_id, "message": message})
+        self._connection.send({"op": "error", "id": request_id, "message": message})
 
 
 def generation_config(sampling: dict[str, Any], stop_tokens: list[int]) -> Any:
@@ -239,30 +229,9 @@ def _read_outputs(handle: Any) -> list[Any]:
     return outputs
 
 
-def _read_messages(connection: socket.socket, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Feed the inbox; end the process when asked to, or when the parent is gone, even in the middle of a step."""
-    with connection.makefile("rb") as lines:
-        for line in lines:
-            message = json.loads(line)
-            if message["op"] == "shutdown":
-                break
-            inbox.put(message)
-    os._exit(0)
-
-
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    try:
-        connection.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
-    except OSError:  # the parent is gone
-        os._exit(0)
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--fd", type=int, required=True)
+    parser = worker_arguments(__doc__)
     parser.add_argument("--cache-gigabytes", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "native", "float32"), default="auto")
     return parser.parse_args()
 
