@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 import psutil
@@ -27,6 +28,9 @@ class Settings(Record):
     command that starts one (:mod:`luthier.llm.engine_servers`); ``engine_api_key`` is that server's. ``engine_memory``
     is how many bytes of memory all engines here may hold, and ``max_loaded`` how many models may be loaded at once;
     None leaves both to the pool of models.
+
+    ``requests_per_minute`` and ``tokens_per_minute`` bound every key that has no bounds of its own; None leaves it free.
+    ``webhook_targets`` says where webhooks may be sent: "any" address, or "public" ones alone.
     """
 
     home: Path
@@ -36,6 +40,9 @@ class Settings(Record):
     engine_api_key: str | None = None
     engine_memory: int | None = Field(None, gt=0)
     max_loaded: int | None = Field(None, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    webhook_targets: Literal["any", "public"] = "any"
 
     @field_validator("engine")
     @classmethod
@@ -47,7 +54,8 @@ class Settings(Record):
 
 def load_settings() -> Settings:
     """Read ``LUTHIER_HOME``, ``LUTHIER_ORGANISATION``, ``LUTHIER_STAND_INS`` (``pattern=base,…``), ``LUTHIER_ENGINE``,
-    ``LUTHIER_ENGINE_API_KEY``, ``LUTHIER_ENGINE_MEMORY`` (such as ``12GiB`` or ``60%``) and ``LUTHIER_MAX_LOADED``.
+    ``LUTHIER_ENGINE_API_KEY``, ``LUTHIER_ENGINE_MEMORY`` (such as ``12GiB`` or ``60%``), ``LUTHIER_MAX_LOADED``,
+    ``LUTHIER_REQUESTS_PER_MINUTE``, ``LUTHIER_TOKENS_PER_MINUTE`` and ``LUTHIER_WEBHOOK_TARGETS``.
 
     Raises:
         InputError: a value breaks its rule.
@@ -61,6 +69,9 @@ def load_settings() -> Settings:
         "engine_api_key": os.environ.get("LUTHIER_ENGINE_API_KEY"),
         "engine_memory": _bytes(os.environ.get("LUTHIER_ENGINE_MEMORY", "")),
         "max_loaded": os.environ.get("LUTHIER_MAX_LOADED"),
+        "requests_per_minute": os.environ.get("LUTHIER_REQUESTS_PER_MINUTE"),
+        "tokens_per_minute": os.environ.get("LUTHIER_TOKENS_PER_MINUTE"),
+        "webhook_targets": os.environ.get("LUTHIER_WEBHOOK_TARGETS"),
     }
     try:
         return Settings.model_validate({key: value for key, value in values.items() if value})

@@ -15,6 +15,7 @@ from luthier.api.service import Service
 from luthier.jobs.resident import Residents
 from luthier.jobs.supervise import Supervisor
 from luthier.store.store import Store
+from luthier.workflows.deliveries import expire_deliveries
 from luthier.workflows.files import expire_files
 from luthier.workflows.uploads import expire_uploads
 
@@ -22,6 +23,7 @@ Background = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 HOUSEKEEPING: tuple[Callable[[Store], None], ...] = (
     expire_files,
     expire_uploads,
+    expire_deliveries,
     lambda store: store.artifacts.clear_stale_staging(),
 )
 HOUSEKEEPING_SECONDS = 300.0

@@ -16,7 +16,6 @@ def answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(LuthierError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
-    app.add_exception_handler(Exception, _answer_bug)
 
 
 def respond(error: ApiError) -> JSONResponse:
@@ -37,8 +36,3 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 async def _answer_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class
     return respond(field_error([(item["loc"][1:], item["msg"], item["type"]) for item in error.errors()]))
-
-
-async def _answer_bug(_: Request, error: Exception) -> Response:
-    """Answer without details; the traceback goes to the server's log."""
-    return respond(ApiError(500, f"The server has a bug ({type(error).__name__}).", "server_error"))

@@ -1,36 +1,17 @@
-"""What happens to every request before and after its route: an id, and a bound on its body."""
+"""A bound on every request's body."""
 
 from __future__ import annotations
-
-import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier.api.errors import respond
-from luthier.api.service import Limits
+from luthier.api.service import REQUEST_ID, Limits
 from luthier.serve.api_error import ApiError
 
-REQUEST_ID = "luthier.request_id"
+__all__ = ["REQUEST_ID", "BodyLimit"]
+
 FILE_ROUTES = ("/v1/files", "/v1/uploads/")  # these take files in multipart bodies
 MULTIPART_BYTES = 2**16  # what a form adds to its file
-
-
-class RequestIds:
-    """Give every response an ``x-request-id``, which OpenAI's clients show with errors."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and mark its response."""
-        request_id = scope[REQUEST_ID] = f"req_{uuid.uuid4().hex}"
-
-        async def send_marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        await self.app(scope, receive, send_marked)
 
 
 class BodyLimit:

@@ -63,7 +63,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, listener: socket.socket, on_ready: OnReady | None = None) -> None:
         super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
+            uvicorn.Config(
+                app,
+                log_config=None,  # its lines go where the others go
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
         )
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

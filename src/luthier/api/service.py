@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from luthier.records.access import Caller, Scope
+from luthier.records.access import NO_RATES, Caller, Rates, Scope
 from luthier.serve.api_error import ApiError
 from luthier.serve.pool import ModelPool
+from luthier.serve.webhooks import Targets
 from luthier.store.store import Store
 
 MAX_BODY_BYTES = 10 * 2**20
 MAX_FILE_BYTES = 512 * 2**20
-CALLER = "luthier.caller"  # in a request's scope: who calls, where the service calls itself
+# What is kept in a request's scope.
+CALLER = "luthier.caller"  # who calls; there from the beginning where the service calls itself
+REQUEST_ID = "luthier.request_id"
+ADMISSION = "luthier.admission"  # what its key's bounds said
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Service:
 
     ``api_key`` is one key of the default project that is not in the database, for the environment of a container.
     ``processes`` is how many runs of the queue this service executes at once in processes of their own; 0 leaves the
-    queue to others. ``resident_runs`` is how many batches and runs of evals it executes itself meanwhile.
+    queue to others. ``resident_runs`` is how many batches and runs of evals it executes itself meanwhile. ``rates``
+    bound every key that has no bounds of its own. ``log_prompts`` writes what models are asked into the log.
     """
 
     store: Store
@@ -42,6 +47,9 @@ class Service:
     limits: Limits = Limits()
     processes: int = 0
     resident_runs: int = 4
+    rates: Rates = NO_RATES
+    webhook_targets: Targets = "any"
+    log_prompts: bool = False
 
     @property
     def executes_runs(self) -> bool:
@@ -63,7 +71,7 @@ class Service:
                 return Caller(key="environment")
             key = self.store.keys.find(secret)
             if key is not None:
-                return Caller(project=key.project, scopes=key.scopes, key=key.id)
+                return Caller(project=key.project, scopes=key.scopes, key=key.id, rates=key.rates)
         raise ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
 
 
@@ -73,11 +81,9 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def _caller_with(scope: Scope) -> Callable[[Request], Caller]:
-    def caller(request: Request) -> Caller:
-        known: Caller | None = request.scope.get(CALLER)
-        if known is None:
-            known = request.scope[CALLER] = service_of(request).caller(request.headers.get("authorization", ""))
+def _caller_with(scope: Scope) -> Callable[[Request], Awaitable[Caller]]:
+    async def caller(request: Request) -> Caller:
+        known: Caller = request.scope[CALLER]  # luthier.api.identity
         if not known.may(scope):
             message = f"This key may not do that: it has the scopes {', '.join(known.scopes)}, and this needs {scope}."
             raise ApiError(403, message, code="insufficient_scope")

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from luthier.cli import datasets, demo, evaluations, keys, models, runs, serving, templates, training
+from luthier.cli import datasets, demo, evaluations, keys, models, runs, serving, templates, training, webhooks
 from luthier.errors import LuthierError
 
 EXIT_ERROR = 1
@@ -29,6 +29,7 @@ app.add_typer(templates.app, name="template")
 app.add_typer(evaluations.app, name="evaluation")
 app.add_typer(runs.app, name="run")
 app.add_typer(keys.app, name="key")
+app.add_typer(webhooks.app, name="webhook")
 app.command("train")(training.train)
 app.command("evaluate")(evaluations.evaluate)
 app.command("up")(serving.up)

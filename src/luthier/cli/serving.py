@@ -8,7 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -20,6 +22,33 @@ API_KEY = typer.Option(None, envvar="LUTHIER_API_KEY", help="One more key beside
 ANNOUNCE = typer.Option(
     False, help="For programs: print the address as a JSON line once it is ready, end when standard input ends."
 )
+
+
+class LogFormat(StrEnum):
+    """How a log is written."""
+
+    text = "text"
+    json = "json"
+
+
+class LogLevel(StrEnum):
+    """What is worth a line."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+LOG_FORMAT = typer.Option(LogFormat.text, envvar="LUTHIER_LOG_FORMAT", help="How the log is written.")
+LOG_LEVEL = typer.Option(
+    None,
+    envvar="LUTHIER_LOG_LEVEL",
+    help="What is worth a line on standard error; info has one for every request, and is what counts unless --announce is given.",
+)
+LOG_PROMPTS = typer.Option(
+    False, "--log-prompts", envvar="LUTHIER_LOG_PROMPTS", help="Write what models are asked into the log, too."
+)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -30,12 +59,17 @@ def up(
     workers: int = typer.Option(1, min=1, help="How many runs (training, evaluation) are executed at once."),
     batches: int = typer.Option(4, min=1, help="How many batches and runs of evals are executed at once."),
     announce: bool = ANNOUNCE,
+    log_format: LogFormat = LOG_FORMAT,
+    log_level: LogLevel = LOG_LEVEL,
+    log_prompts: bool = LOG_PROMPTS,
 ) -> None:
     """Start the whole service on one port: OpenAI's API, all models, and the runs that wait in the queue.
 
     Ctrl-C or SIGTERM ends it: requests under way get ten seconds, runs go back into the queue at their next step.
     """
-    _serve(host, port, api_key, announce=announce, processes=workers, resident_runs=batches)
+    _write_logs(log_format, log_level, announce=announce)
+    options = {"processes": workers, "resident_runs": batches, "log_prompts": log_prompts}
+    _serve(host, port, api_key, announce=announce, options=options)
 
 
 def serve(
@@ -45,10 +79,15 @@ def serve(
     extra: list[str] = typer.Option([], help="A further model: NAME=FOLDER with model.gguf and its chat format."),
     only_extra: bool = typer.Option(False, help="Serve the --extra models alone."),
     announce: bool = ANNOUNCE,
+    log_format: LogFormat = LOG_FORMAT,
+    log_level: LogLevel = LOG_LEVEL,
+    log_prompts: bool = LOG_PROMPTS,
 ) -> None:
     """Serve models only: like `luthier up`, but the queue of runs is left to others."""
+    _write_logs(log_format, log_level, announce=announce)
     folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in extra)}
-    _serve(host, port, api_key, announce=announce, folders=folders, only_extra=only_extra)
+    options = {"log_prompts": log_prompts}
+    _serve(host, port, api_key, announce=announce, options=options, folders=folders, only_extra=only_extra)
 
 
 def _serve(
@@ -57,8 +96,7 @@ def _serve(
     api_key: str | None,
     *,
     announce: bool,
-    processes: int = 0,
-    resident_runs: int = 1,
+    options: Mapping[str, Any],
     folders: Mapping[str, Path] | None = None,
     only_extra: bool = False,
 ) -> None:
@@ -66,6 +104,7 @@ def _serve(
     from luthier.api.server import serve as run_server
     from luthier.api.service import Service
     from luthier.errors import InputError
+    from luthier.records.access import Rates
     from luthier.settings import load_settings
     from luthier.workflows.serving import model_pool
 
@@ -91,8 +130,15 @@ def _serve(
 
     if announce:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    service = Service(store, pool, api_key, processes=processes, resident_runs=resident_runs)
+    rates = Rates(requests_per_minute=settings.requests_per_minute, tokens_per_minute=settings.tokens_per_minute)
+    service = Service(store, pool, api_key, rates=rates, webhook_targets=settings.webhook_targets, **options)
     run_server(create_app(service), host, port, ready)
+
+
+def _write_logs(format: LogFormat, level: LogLevel | None, *, announce: bool) -> None:
+    from luthier.api.logs import configure_logs
+
+    configure_logs(format, level or (LogLevel.warning if announce else LogLevel.info))
 
 
 def _end_with_standard_input() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from pydantic import Field
 
 from luthier.records.record import Record
+from luthier.records.scopes import DEFAULT_PROJECT, SCOPES, Scope
 
-DEFAULT_PROJECT = "default"
-Scope = Literal["read", "write", "admin"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
+__all__ = ["DEFAULT_PROJECT", "NO_RATES", "SCOPES", "ApiKey", "Caller", "Rates", "Scope"]
+
+
+class Rates(Record):
+    """How much a key may have in a minute: None takes the service's default, 0 is no bound."""
+
+    requests_per_minute: int | None = Field(None, ge=0)
+    tokens_per_minute: int | None = Field(None, ge=0)
+
+
+NO_RATES = Rates()
 
 
 class ApiKey(Record):
@@ -27,6 +34,7 @@ class ApiKey(Record):
     ending: str
     created_at: int
     revoked_at: int | None = None
+    rates: Rates = NO_RATES
 
 
 class Caller(Record):
@@ -35,6 +43,7 @@ class Caller(Record):
     project: str = DEFAULT_PROJECT
     scopes: tuple[Scope, ...] = SCOPES
     key: str | None = None
+    rates: Rates = NO_RATES
 
     def may(self, scope: Scope) -> bool:
         """Whether this caller has a scope, or a higher one."""

@@ -29,9 +29,9 @@ DeliveryStatus = Literal["pending", "delivered", "failed"]
 class WebhookEndpoint(Stored):
     """An address, and the types of events that it is told.
 
-    Its secret is derived from the home's key, the id and ``generation``, and is kept nowhere; ``secret_hint`` is its end.
-    The secret of the generation before signs too until ``old_secret_until``. ``disabled`` says why nothing is sent.
-    Times are Unix seconds.
+    Its secret is derived from the home's key, the id and ``generation``, and is kept nowhere; ``secret_hint`` is its
+    end. The secret of the generation before signs too until ``old_secret_until``. ``disabled`` says why nothing is
+    sent. Times are Unix seconds.
     """
 
     name: EndpointName
@@ -47,8 +47,8 @@ class WebhookEndpoint(Stored):
 class WebhookDelivery(Stored):
     """An event that one endpoint (``parent``) is to be told until it answers with 2xx, or until it is given up.
 
-    ``event`` is the event's id, which goes along as ``webhook-id`` with every attempt; ``subject`` is the id of the job,
-    batch or run of an evaluation. Times are Unix seconds; after ``expires_at`` the record is deleted.
+    ``event`` is the event's id, which goes along as ``webhook-id`` with every attempt; ``subject`` is the id of the
+    job, batch or run of an evaluation. Times are Unix seconds; after ``expires_at`` the record is deleted.
     """
 
     parent: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ class ApiError(LuthierError):
         type: OpenAI's coarse kind, such as ``invalid_request_error``.
         param: The path of the offending field, such as ``messages[0].role``.
         code: OpenAI's fine kind, such as ``model_not_found``.
+        retry_after_seconds: When to come again; None says what is usual for the status.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class ApiError(LuthierError):
         type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.type = type
         self.param = param
         self.code = code
+        self.retry_after_seconds = retry_after_seconds
 
     @property
     def body(self) -> dict[str, Any]:
@@ -60,6 +64,9 @@ class ApiError(LuthierError):
         """Headers that steer the client's retries: a conflict is not worth one, an engine that died is."""
         if self.status == 409:
             return {"x-should-retry": "false"}
+        if self.retry_after_seconds is not None:
+            seconds = self.retry_after_seconds
+            return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
         return {"retry-after": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
 
 

@@ -6,20 +6,25 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar, cast
 
-from luthier.errors import CapacityError, EngineError
-from luthier.llm.engine_interface import Engine
+from luthier.errors import CapacityError, EngineError, NotFoundError
+from luthier.llm.embedding_format import EmbeddingFormat
+from luthier.llm.encoder_process import EncoderProcess
+from luthier.llm.engine_interface import Encoder, Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.access import DEFAULT_PROJECT
-from luthier.serve.engine_memory import GIGABYTE, MemoryNeed, default_budget, need_of
+from luthier.serve.engine_memory import GIGABYTE, MemoryNeed, default_budget, encoder_need, need_of
+from luthier.serve.metering import MeteredEncoder, MeteredEngine, ModelMetrics
 from luthier.templates.chat_format import ChatFormat
 
 MAX_LOADED = 8
 ROOM_DEADLINE_SECONDS = 60.0
 SWEEP_SECONDS = 2.0
 StartEngine = Callable[[Path, EngineOptions], Awaitable[Engine]]
+Resolve = Callable[[str, str], Path]
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,39 @@ class LoadedModel:
     chat_format: ChatFormat
 
 
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """A running encoder and how its model reads a text."""
+
+    engine: Encoder
+    embedding_format: EmbeddingFormat
+
+
+Loaded = TypeVar("Loaded", LoadedModel, LoadedEncoder)
+
+
+def _no_encoder(project: str, name: str) -> Path:
+    raise NotFoundError(f"The model {name!r} does not exist.")
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a running engine holds and does. ``model`` is the name by which it was asked last."""
+
+    model: str
+    memory_bytes: int
+    in_flight: int
+
+
 class _Slot:
     """One folder that is loaded or being loaded, and how many requests hold it."""
 
-    def __init__(self, loading: asyncio.Task[LoadedModel], need: MemoryNeed) -> None:
+    def __init__(self, loading: asyncio.Task[LoadedModel | LoadedEncoder], need: MemoryNeed) -> None:
         self.loading = loading
         self.need = need
         self.users = 0
         self.last_used = 0
+        self.name = ""  # by which it was asked last
 
     @property
     def broken(self) -> bool:
@@ -77,6 +107,7 @@ class ModelPool:
             request, in a worker thread, so that an alias can be pointed elsewhere at any time. Names of one folder
             share an engine.
         names: Returns the models that a project may list.
+        resolve_encoder: As ``resolve``, for models that read: returns the folder of an encoder's weights.
         max_loaded: How many engines may run at once; the least recently used idle one makes room.
         memory_bytes: How much memory all engines together may hold; None takes a share of the machine's. Idle engines
             make room for one that is to be loaded, and when those that run have grown beyond it.
@@ -89,9 +120,10 @@ class ModelPool:
 
     def __init__(
         self,
-        resolve: Callable[[str, str], Path],
+        resolve: Resolve,
         names: Callable[[str], list[ServedModelInfo]],
         *,
+        resolve_encoder: Resolve = _no_encoder,
         max_loaded: int = MAX_LOADED,
         memory_bytes: int | None = None,
         options: EngineOptions | None = None,
@@ -100,6 +132,7 @@ class ModelPool:
         sweep_seconds: float = SWEEP_SECONDS,
     ) -> None:
         self._resolve = resolve
+        self._resolve_encoder = resolve_encoder
         self._names = names
         self._max_loaded = max_loaded
         self._memory_bytes = default_budget() if memory_bytes is None else memory_bytes
@@ -112,6 +145,7 @@ class ModelPool:
         self._clock = itertools.count(1)
         self._released = asyncio.Event()
         self._closed = False
+        self.metrics = ModelMetrics()
 
     def models(self, project: str = DEFAULT_PROJECT) -> list[ServedModelInfo]:
         """Return the models that a project may list."""
@@ -119,9 +153,20 @@ class ModelPool:
 
     @property
     def loaded(self) -> list[LoadedModel]:
-        """The models that are running now."""
+        """The models that write and are running now."""
+        return [loaded for loaded in self._running() if isinstance(loaded, LoadedModel)]
+
+    @property
+    def loaded_encoders(self) -> list[LoadedEncoder]:
+        """The models that read and are running now."""
+        return [loaded for loaded in self._running() if isinstance(loaded, LoadedEncoder)]
+
+    @property
+    def engines(self) -> list[EngineInfo]:
+        """What the engines that are running hold and do."""
         slots = [slot for slot in self._slots.values() if slot.loading.done() and not slot.broken]
-        return [slot.loading.result() for slot in slots]
+        running = [(slot.name, slot.loading.result().engine) for slot in slots]
+        return [EngineInfo(name, engine.memory_bytes, engine.in_flight) for name, engine in running]
 
     @contextlib.asynccontextmanager
     async def lease(self, name: str, project: str = DEFAULT_PROJECT) -> AsyncIterator[LoadedModel]:
@@ -129,18 +174,28 @@ class ModelPool:
 
         Raises:
             NotFoundError: no such model.
+            InputError: the model does not write.
             EngineError: the model cannot be loaded.
             CapacityError: the model is larger than all engines may be, or they stayed busy until the deadline.
         """
         folder = await asyncio.to_thread(self._resolve, project, name)
-        slot = self._slot(folder)
-        slot.users += 1
-        try:
-            yield await asyncio.shield(slot.loading)
-        finally:
-            slot.users -= 1
-            slot.last_used = next(self._clock)
-            self._released.set()
+        need = need_of(folder, self._options.cache_gigabytes)
+        async with self._hold(name, folder, need, self._load_model) as loaded:
+            yield replace(loaded, engine=MeteredEngine(loaded.engine, name, self.metrics))
+
+    @contextlib.asynccontextmanager
+    async def lease_encoder(self, name: str, project: str = DEFAULT_PROJECT) -> AsyncIterator[LoadedEncoder]:
+        """Hold an encoder for one request, as :meth:`lease` holds a model that writes.
+
+        Raises:
+            NotFoundError: no such model.
+            InputError: the model is no encoder.
+            EngineError: the model cannot be loaded.
+            CapacityError: the model is larger than all engines may be, or they stayed busy until the deadline.
+        """
+        folder = await asyncio.to_thread(self._resolve_encoder, project, name)
+        async with self._hold(name, folder, encoder_need(folder), self._load_encoder) as loaded:
+            yield replace(loaded, engine=MeteredEncoder(loaded.engine, name, self.metrics))
 
     async def close(self) -> None:
         """End all engines; requests in flight fail."""
@@ -151,18 +206,36 @@ class ModelPool:
         slots, self._slots = list(self._slots.values()), {}
         await asyncio.gather(*(_unload(slot) for slot in slots))
 
-    def _slot(self, folder: Path) -> _Slot:
+    @contextlib.asynccontextmanager
+    async def _hold(
+        self, name: str, folder: Path, need: MemoryNeed, load: Callable[[Path], Awaitable[Loaded]]
+    ) -> AsyncIterator[Loaded]:
+        slot = self._slot(folder, need, load)
+        slot.users += 1
+        slot.name = name
+        try:
+            with self.metrics.wait_for(name):
+                loaded = await asyncio.shield(slot.loading)
+            yield cast("Loaded", loaded)
+        finally:
+            slot.users -= 1
+            slot.last_used = next(self._clock)
+            self._released.set()
+
+    def _slot(self, folder: Path, need: MemoryNeed, load: Callable[[Path], Awaitable[Loaded]]) -> _Slot:
         if self._closed:
             raise EngineError("The server is shutting down.")
         slot = self._slots.get(folder)
         if slot is None or slot.broken:
-            need = need_of(folder, self._options.cache_gigabytes)
             replaced = self._slots.pop(folder, None)  # the new one takes its place behind those that run
-            slot = self._slots[folder] = _Slot(asyncio.create_task(self._load(folder, need, replaced)), need)
+            loading = asyncio.create_task(self._load(folder, need, replaced, load))
+            slot = self._slots[folder] = _Slot(loading, need)
             self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
         return slot
 
-    async def _load(self, folder: Path, need: MemoryNeed, replaced: _Slot | None) -> LoadedModel:
+    async def _load(
+        self, folder: Path, need: MemoryNeed, replaced: _Slot | None, load: Callable[[Path], Awaitable[Loaded]]
+    ) -> LoadedModel | LoadedEncoder:
         if replaced is not None:
             await _unload(replaced)
         if need.least_bytes > self._memory_bytes:
@@ -171,9 +244,21 @@ class ModelPool:
                 f"{self._memory_bytes / GIGABYTE:.1f} GiB in all.",
                 hint="let engines hold more: LUTHIER_ENGINE_MEMORY",
             )
+        return await load(folder)
+
+    async def _load_model(self, folder: Path) -> LoadedModel:
         chat_format = await asyncio.to_thread(ChatFormat.load, folder)
         await self._make_room(folder)
         return LoadedModel(await self._start(folder, self._options), chat_format)
+
+    async def _load_encoder(self, folder: Path) -> LoadedEncoder:
+        embedding_format = await asyncio.to_thread(EmbeddingFormat.load, folder)
+        await self._make_room(folder)
+        return LoadedEncoder(await EncoderProcess.start(folder, self._options.threads), embedding_format)
+
+    def _running(self) -> list[LoadedModel | LoadedEncoder]:
+        slots = [slot for slot in self._slots.values() if slot.loading.done() and not slot.broken]
+        return [slot.loading.result() for slot in slots]
 
     async def _make_room(self, folder: Path) -> None:
         """Unload idle models until this one is within the limits, waiting for busy ones to become idle."""

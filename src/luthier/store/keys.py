@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from luthier.errors import NotFoundError
-from luthier.records.access import ApiKey, Scope
+from luthier.records.access import NO_RATES, ApiKey, Rates, Scope
 from luthier.store.database import Database
 from luthier.store.tables import api_keys
 
@@ -25,7 +25,9 @@ class KeyStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, name: str, project: str, scopes: Sequence[Scope]) -> tuple[ApiKey, str]:
+    def add(
+        self, name: str, project: str, scopes: Sequence[Scope], rates: Rates = NO_RATES
+    ) -> tuple[ApiKey, str]:
         """Make a key; return its record and its secret, which cannot be had again."""
         secret = SECRET_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
         key = ApiKey(
@@ -35,6 +37,7 @@ class KeyStore:
             scopes=tuple(scopes),
             ending=secret[-ENDING_LETTERS:],
             created_at=int(time.time()),
+            rates=rates,
         )
         with self._database.write() as connection:
             row = {"id": key.id, "hash": _hash(secret), "record": key.model_dump(mode="json")}

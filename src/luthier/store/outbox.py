@@ -1,7 +1,7 @@
 """What endpoints are to be told: written in the transaction that marks a run's end as announced, and kept until done.
 
 Whoever ends a run (a worker process, the server, the command line) only writes its status. What ended and is not
-announced yet is found here by comparing the two tables, so that no end is missed or announced twice, whatever dies when.
+announced yet is found here by comparing two tables, so that no end is missed or announced twice, whatever dies when.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Outbox:
         """Return how many deliveries of all projects there are by status."""
         query = sa.select(objects.c.status, sa.func.count()).where(objects.c.kind == DELIVERY)
         with self._database.read() as connection:
-            return {status: number for status, number in connection.execute(query.group_by(objects.c.status))}
+            return dict(connection.execute(query.group_by(objects.c.status)).tuples().all())
 
 
 def _endpoints(connection: sa.Connection, project: str) -> list[WebhookEndpoint]:

@@ -203,6 +203,13 @@ class RunStore:
 
     def request(self, run_id: str, request: RunRequest) -> Run:
         """Ask a run to pause or cancel: at once where nothing runs it, else at its next safe point.
+    def unfinished(self) -> dict[tuple[str, str], int]:
+        """Return how many runs of each kind and status there are that have not ended."""
+        query = sa.select(runs.c.kind, runs.c.status, sa.func.count()).where(runs.c.status.not_in(FINISHED))
+        with self._database.read() as connection:
+            rows = connection.execute(query.group_by(runs.c.kind, runs.c.status))
+            return {(kind, status): number for kind, status, number in rows}
+
 
         Raises:
             NotFoundError: there is none of that id.

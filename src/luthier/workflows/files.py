@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,7 @@ from luthier.store.store import Store
 CONTENT = "content"
 MAX_NAME = 255
 
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f]")
 
 def add_file(
     store: Store,
@@ -42,12 +44,14 @@ def add_file(
 
     Raises:
         ConflictError: there is a file of that id.
-        InputError: the name is empty or too long.
+        InputError: the name is empty or too long, or has control characters.
         DiskFullError: the disk is full; nothing is left behind.
     """
     if not filename or len(filename) > MAX_NAME:
         raise InputError(f"A file name has 1 to {MAX_NAME} letters; this one has {len(filename)}.")
     id = id or new_id("file-")
+    if CONTROL_CHARACTER.search(filename):
+        raise InputError(f"The file name {filename!r} has control characters in it.")
     with store.artifacts.new(_key(id)) as folder, (folder / CONTENT).open("wb") as target:
         shutil.copyfileobj(source, target)
         size = target.tell()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.errors import InputError
-from luthier.records.access import SCOPES, ApiKey, Scope
+from luthier.records.access import NO_RATES, SCOPES, ApiKey, Rates, Scope
 from luthier.store.store import Store
 from luthier.store.versions import check_name
 
 
-def create_key(store: Store, name: str, project: str, scopes: Sequence[Scope]) -> tuple[ApiKey, str]:
+def create_key(
+    store: Store, name: str, project: str, scopes: Sequence[Scope], rates: Rates = NO_RATES
+) -> tuple[ApiKey, str]:
     """Make a key; return its record and its secret, which is shown now and never again.
 
     Raises:
@@ -21,4 +23,4 @@ def create_key(store: Store, name: str, project: str, scopes: Sequence[Scope]) -
         raise InputError(f"The key name {name!r} is not 1 to 64 letters.")
     if not scopes:
         raise InputError(f"A key needs at least one scope of {', '.join(SCOPES)}.")
-    return store.keys.add(name, project, scopes)
+    return store.keys.add(name, project, scopes, rates)

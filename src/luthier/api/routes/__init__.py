@@ -3,6 +3,6 @@
 A route parses, makes one call into ``workflows`` or ``serve``, and presents the result.
 """
 
-from luthier.api.routes import chat, files, fine_tuning, models, uploads
+from luthier.api.routes import chat, files, fine_tuning, models, uploads, webhooks
 
-ROUTERS = (chat.router, files.router, uploads.router, fine_tuning.router, models.router)
+ROUTERS = (chat.router, files.router, uploads.router, fine_tuning.router, webhooks.router, models.router)

@@ -1,0 +1,57 @@
+"""Who calls, and whether its key has enough left: known before anything of the request's body is read."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from luthier.api.errors import respond
+from luthier.api.rate_limits import RateLimiter
+from luthier.api.service import ADMISSION, CALLER, Service
+from luthier.serve.api_error import ApiError
+
+OPEN_TO_ALL = frozenset({"/health", "/ready", "/openapi.json"})
+LIMITED = "/v1/"
+ASKS_MODELS = ("/v1/chat/", "/v1/completions", "/v1/embeddings", "/v1/responses")
+BYTES_PER_TOKEN = 4
+
+
+class Identity:
+    """Answer 401 to whoever is not known, and 429 to a key that has nothing left. The service's own calls pass.
+
+    Args:
+        app: What answers.
+        service: Knows the keys.
+        limiter: Knows what they have left.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, limiter: RateLimiter) -> None:
+        self.app = app
+        self.service = service
+        self.limiter = limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its caller."""
+        if scope["type"] == "http" and CALLER not in scope and scope["path"] not in OPEN_TO_ALL:
+            try:
+                await self._admit(scope)
+            except ApiError as error:
+                await respond(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        caller = await asyncio.to_thread(self.service.caller, headers.get("authorization", ""))
+        scope[CALLER] = caller
+        if scope["path"].startswith(LIMITED):
+            scope[ADMISSION] = self.limiter.admit(caller, _estimate(scope, headers))
+
+
+def _estimate(scope: Scope, headers: Headers) -> int:
+    """Return how many tokens a request's prompt may have, before it is read."""
+    length = headers.get("content-length", "")
+    asks = scope["method"] == "POST" and scope["path"].startswith(ASKS_MODELS)
+    return int(length[:12]) // BYTES_PER_TOKEN if asks and length.isdecimal() else 0
