@@ -10,6 +10,7 @@ import typer
 from luthier.cli.present import Json, console, moment, open_store, show_json, show_table
 
 if TYPE_CHECKING:
+    from luthier.records.dataset import DatasetVersion
     from luthier.records.example import Example
 
 app = typer.Typer(no_args_is_help=True, help="Datasets: import a file, divide it, look at it.")
@@ -42,6 +43,28 @@ def import_file(
             delimiter=delimiter,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    _show_import(dataset, as_json)
+
+
+@app.command("import-completions")
+def import_log(
+    name: str = typer.Argument(..., help="The dataset's name."),
+    project: str = typer.Option("default", help="Whose stored completions."),
+    model: str = typer.Option(None, help="Only answers of this model, by the name that was asked."),
+    metadata: list[str] = typer.Option([], help="Only those with this label: KEY=VALUE. May be repeated."),
+    as_json: bool = Json,
+) -> None:
+    """Make a dataset of what was asked with store=True, and answered. Labels become fields."""
+    from luthier.errors import InputError
+    from luthier.workflows.datasets import import_completions
+
+    labels = dict(text.split("=", 1) for text in metadata if "=" in text)
+    if len(labels) < len(metadata):
+        raise InputError(f"--metadata takes KEY=VALUE, each key once; not {', '.join(metadata)}.")
+    _show_import(import_completions(open_store(), name, project=project, model=model, metadata=labels), as_json)
+
+
+def _show_import(dataset: DatasetVersion, as_json: bool) -> None:
     if as_json:
         show_json(dataset)
         return

@@ -6,7 +6,7 @@ In: a path, its format and a function that takes one example (the caller's open 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from luthier.errors import InputError
@@ -42,10 +42,19 @@ def import_examples(
     """
     total_bytes = sum(file.stat().st_size for file in document_files(path))
     on_bytes = (lambda done: on_progress(done, total_bytes)) if on_progress else None
+    report = take_rows(read_rows(path, fmt, on_bytes=on_bytes), fmt, write)
+    _check_taken(path, report, max_bad_share)
+    if on_progress:
+        on_progress(total_bytes, total_bytes)
+    return report
+
+
+def take_rows(rows: Iterable[Example | BadRow], fmt: SourceFormat, write: Callable[[Example], None]) -> ImportReport:
+    """Give the good ones of some rows to ``write``, and report what was taken and left."""
     fields: dict[str, None] = {}
     bad_rows: list[BadRow] = []
     taken = left = 0
-    for row in read_rows(path, fmt, on_bytes=on_bytes):
+    for row in rows:
         if isinstance(row, BadRow):
             left += 1
             if len(bad_rows) < MAX_BAD_ROWS_KEPT:
@@ -55,20 +64,16 @@ def import_examples(
         taken += 1
         if len(fields) < MAX_FIELDS_KEPT:
             fields.update(dict.fromkeys(row.fields))
-    _check_taken(path, fmt, taken, left, max_bad_share, bad_rows)
-    if on_progress:
-        on_progress(total_bytes, total_bytes)
     return ImportReport(
         format=fmt, taken=taken, left=left, fields=tuple(fields)[:MAX_FIELDS_KEPT], bad_rows=tuple(bad_rows)
     )
 
 
-def _check_taken(
-    path: Path, fmt: SourceFormat, taken: int, left: int, max_bad_share: float, bad_rows: list[BadRow]
-) -> None:
+def _check_taken(path: Path, report: ImportReport, max_bad_share: float) -> None:
+    fmt, taken, left = report.format, report.taken, report.left
     if taken and left <= max_bad_share * (taken + left):
         return
-    problems = [f"line {row.line}: {row.reason}" for row in bad_rows]
+    problems = [f"line {row.line}: {row.reason}" for row in report.bad_rows]
     if not taken and not left:
         raise InputError(f"{path.name} has no rows{' below its header' if fmt.kind == 'csv' else ''}.")
     if taken:

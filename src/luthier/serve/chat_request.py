@@ -1,7 +1,7 @@
 """What a client may ask of ``/chat/completions``, and which of it is refused rather than quietly ignored.
 
 A JSON object comes in; a :class:`ChatRequest` goes out, or an :class:`ApiError` that names the field. Unknown fields
-are tolerated, as clients send many that do not change an answer (``user``, ``metadata``, ``store`` …).
+are tolerated, as clients send many that do not change an answer (``user``, ``service_tier`` …).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from luthier.records.example import Message, Role
+from luthier.records.stored import Metadata
 from luthier.serve.api_error import ApiError
 
 MAX_CHOICES = 128
@@ -81,6 +82,8 @@ class ChatRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logprobs: bool | None = None
+    store: bool | None = None
+    metadata: Metadata | None = None
     return_token_ids: bool | None = None
 
     @property

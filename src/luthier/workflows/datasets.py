@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from luthier.errors import InputError
 from luthier.ingest.formats import detect_format
 from luthier.ingest.given_splits import given_splits
-from luthier.ingest.importing import import_examples
+from luthier.ingest.importing import import_examples, take_rows
+from luthier.ingest.logged import logged_example
 from luthier.ingest.splitting import assign_splits
-from luthier.records.dataset import DatasetVersion, SourceKind, SplitConfig, SplitReport
+from luthier.records.access import DEFAULT_PROJECT
+from luthier.records.dataset import DatasetVersion, ImportReport, SourceFormat, SourceKind, SplitConfig, SplitReport
 from luthier.records.example import Example, SplitName
 from luthier.store.store import Store
+from luthier.workflows.completions import completions_of
 
 OnProgress = Callable[[int, int], None]
 
@@ -50,6 +53,43 @@ def import_dataset(
         str(path),
         lambda write: import_examples(path, found, write, on_progress=on_progress),
     )
+
+
+def import_completions(
+    store: Store,
+    name: str,
+    *,
+    project: str = DEFAULT_PROJECT,
+    model: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> DatasetVersion:
+    """Make a new version of a dataset from a project's stored completions; answers that were cut off are left out.
+
+    Args:
+        store: Where they are.
+        name: The dataset's name.
+        project: Whose.
+        model: Only answers of this model, by the name that was asked.
+        metadata: Only those with all of these labels.
+
+    Raises:
+        InputError: none of them can be taken.
+    """
+
+    def fill(write: Callable[[Example], None]) -> ImportReport:
+        found = completions_of(store, project, model=model, metadata=metadata)
+        rows = (logged_example(stored, number) for number, stored in enumerate(found, 1))
+        report = take_rows(rows, SourceFormat(kind="chat"), write)
+        if not report.taken:
+            fitting = f"each of the {report.left:,} that fit is bad" if report.left else "none fits"
+            raise InputError(
+                f"No stored completion of the project {project!r} can be taken: {fitting}.",
+                problems=[row.reason for row in report.bad_rows],
+                hint="requests are stored where they have store=True",
+            )
+        return report
+
+    return store.datasets.add(name, "chat", f"stored completions of the project {project}", fill)
 
 
 def split_dataset(store: Store, reference: str, config: SplitConfig) -> DatasetVersion:

@@ -1,36 +1,117 @@
-"""``/v1/chat/completions``."""
+"""``/v1/chat/completions``: answers, and those that were stored."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
 
-from luthier.api.service import Reader, Service, TheService
+from luthier.api.chat_log import ChatLog, counted
+from luthier.api.paging import list_of, metadata_filter
+from luthier.api.service import Reader, Service, TheService, Writer
 from luthier.api.streams import CLIENT_CLOSED_REQUEST, EventStream, event, unless_disconnected
 from luthier.errors import LuthierError, NotFoundError
 from luthier.records.access import Caller
+from luthier.records.stored import Metadata
 from luthier.serve.api_error import as_api_error, model_not_found
-from luthier.serve.chat import Chat, complete_chat, prepare_chat, stream_chat
+from luthier.serve.chat import complete_chat, prepare_chat, stream_chat
 from luthier.serve.chat_request import ChatRequest, refuse_unsupported
 from luthier.serve.pool import LoadedModel
+from luthier.store.collection import Order
+from luthier.workflows.completions import (
+    completion_object,
+    label_completion,
+    list_completions,
+    message_page,
+)
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"])
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+class CompletionUpdate(BaseModel):
+    """New labels of a stored completion, in the place of its old ones."""
+
+    model_config = ConfigDict(extra="allow")
+
+    metadata: Metadata | None
 
 
 @router.post("")
 async def create_chat_completion(body: ChatRequest, request: Request, caller: Reader, service: TheService) -> Response:
-    """Answer a conversation, at once or as a stream."""
+    """Answer a conversation, at once or as a stream; what is to be stored is stored before the answer is complete."""
     refuse_unsupported(body)
+    log = ChatLog(request, caller, body) if body.store else None
     async with AsyncExitStack() as resources:
         loaded = await lease(resources, service, caller, body.model)
-        chat = prepare_chat(body, loaded)
+        chat = prepare_chat(counted(body) if log else body, loaded)
         if body.stream:
-            return EventStream(_events(chat), resources.pop_all())
+            chunks = stream_chat(chat)
+            return EventStream(_events(log.keeping(chunks) if log else chunks), resources.pop_all())
         completion = await unless_disconnected(request, complete_chat(chat))
+    if completion and log:
+        await log.keep(completion)
     return JSONResponse(completion) if completion else Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+@router.get("")
+def find_completions(
+    request: Request,
+    caller: Reader,
+    service: TheService,
+    model: str | None = None,
+    after: str | None = None,
+    limit: Limit = 20,
+    order: Order = "asc",
+) -> dict[str, Any]:
+    """List stored completions."""
+    page = list_completions(
+        service.store,
+        caller.project,
+        model=model,
+        metadata=metadata_filter(request),
+        after=after,
+        limit=limit,
+        order=order,
+    )
+    return list_of(page, completion_object)
+
+
+@router.get("/{completion}")
+def retrieve_completion(completion: str, caller: Reader, service: TheService) -> dict[str, Any]:
+    """Show a stored completion."""
+    return completion_object(service.store.completions.get(caller.project, completion))
+
+
+@router.post("/{completion}")
+def update_completion(completion: str, body: CompletionUpdate, caller: Writer, service: TheService) -> dict[str, Any]:
+    """Give a stored completion other labels."""
+    return completion_object(label_completion(service.store, caller.project, completion, body.metadata))
+
+
+@router.delete("/{completion}")
+def remove_completion(completion: str, caller: Writer, service: TheService) -> dict[str, Any]:
+    """Delete a stored completion."""
+    removed = service.store.completions.remove(caller.project, completion)
+    return {"id": removed.id, "object": "chat.completion.deleted", "deleted": True}
+
+
+@router.get("/{completion}/messages")
+def list_messages(
+    completion: str,
+    caller: Reader,
+    service: TheService,
+    after: str | None = None,
+    limit: Limit = 20,
+    order: Order = "asc",
+) -> dict[str, Any]:
+    """List the messages that a stored completion answers."""
+    stored = service.store.completions.get(caller.project, completion)
+    return list_of(message_page(stored, after=after, limit=limit, order=order), dict)
 
 
 async def lease(resources: AsyncExitStack, service: Service, caller: Caller, name: str) -> LoadedModel:
@@ -47,10 +128,10 @@ async def lease(resources: AsyncExitStack, service: Service, caller: Caller, nam
         raise model_not_found(str(error)) from error
 
 
-async def _events(chat: Chat) -> AsyncGenerator[str, None]:
+async def _events(answer: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
     """Yield a streamed answer; a failure in the middle is an event too, since the status is already sent."""
     try:
-        async with aclosing(stream_chat(chat)) as chunks:
+        async with aclosing(answer) as chunks:
             async for chunk in chunks:
                 yield event(chunk)
     except LuthierError as error:
