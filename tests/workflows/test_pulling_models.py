@@ -176,7 +176,17 @@ def test_an_encoder_that_is_asked_to_write_says_what_it_is_for(
     request = EvaluateRequest(base="tiny-encoder", dataset=dataset.reference, template=template.reference)
     with pytest.raises(InputError, match=about):
         evaluate_model(store, request)
-    assert [model.name for model in model_pool(store).models()] == ["tiny-base"]
+    assert [model.name for model in model_pool(store).models()] == ["tiny-base", "tiny-encoder"]
+
+
+def test_the_pooling_of_a_local_encoder_is_taken_along(store: Store, tiny_encoder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_encoder, tmp_path / "pooled"))
+    for name in ("1_Pooling", "onnx"):
+        (source / name).mkdir()
+        (source / name / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    folder = store.models.base_folder(pull(store, str(source)))
+    assert (folder / "1_Pooling" / "config.json").is_file()
+    assert not (folder / "onnx").exists()
 
 
 def test_an_encoder_without_tokenizer_json_is_refused(store: Store, tiny_encoder: Path, tmp_path: Path) -> None:

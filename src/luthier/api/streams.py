@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from luthier.errors import LuthierError
+from luthier.serve.api_error import as_api_error
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody reads it
 Result = TypeVar("Result")
@@ -34,6 +37,18 @@ def event(data: dict[str, Any], name: str | None = None) -> str:
     """Return the text of one event."""
     line = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
     return f"event: {name}\n{line}" if name else line
+
+
+async def chunk_events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
+    """Yield a streamed answer; a failure in the middle is an event too, since the status is already sent."""
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield event(chunk)
+    except LuthierError as error:
+        yield event(as_api_error(error).body)
+        return
+    yield "data: [DONE]\n\n"
 
 
 async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from luthier.errors import EngineError, InputError
+from luthier.errors import EngineError, InputError, NotFoundError
 from luthier.llm.engine_interface import Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.llm.engine_servers import EngineServers, Servable
@@ -18,7 +18,7 @@ from luthier.records.base_model import BaseModelInfo
 from luthier.serve.pool import MAX_LOADED, ModelPool, ServedModelInfo
 from luthier.settings import Settings
 from luthier.store.store import Store
-from luthier.workflows.models import GGUF_FILE, SERVED_FORM, decoder, model_named, served_folder
+from luthier.workflows.models import GGUF_FILE, SERVED_FORM, decoder, encoder_folder, model_named, served_folder
 from luthier.workflows.sharing import models_shared_with
 
 STOP_SECONDS = 15.0
@@ -49,14 +49,23 @@ def model_pool(
     servables: dict[Path, Servable] = {}
 
     def resolve(project: str, name: str) -> Path:
-        if name in folders or only_extra:
+        if name in folders:
             return folders[name]
+        if only_extra:
+            raise NotFoundError(f"The model {name!r} does not exist.")
         known = model_named(store, project, name, stand_ins)
         if servers is None:
             return served_folder(store, known, project=project)
         folder, servable = _servable(store, known, project, servers)
         servables[folder] = servable
         return folder
+
+    def resolve_encoder(project: str, name: str) -> Path:
+        if name in folders:
+            raise InputError(f"The model {name!r} writes answers; vectors of texts come from an encoder.")
+        if only_extra:
+            raise NotFoundError(f"The model {name!r} does not exist.")
+        return encoder_folder(store, model_named(store, project, name, stand_ins), project=project)
 
     async def start(folder: Path, options: EngineOptions) -> Engine:
         if servers is None or folder not in servables:
@@ -71,6 +80,7 @@ def model_pool(
     return ModelPool(
         resolve,
         names,
+        resolve_encoder=resolve_encoder,
         start=start,
         max_loaded=(settings and settings.max_loaded) or usual,
         memory_bytes=settings.engine_memory if settings else None,
@@ -108,10 +118,9 @@ def _names_of(base: BaseModelInfo) -> tuple[str, ...]:
 
 def _models_of(store: Store, project: str) -> list[ServedModelInfo]:
     """Return the bases, the project's tuned models and checkpoints, those shared with it, and its aliases."""
-    bases = [base for base in store.models.bases() if base.kind == "decoder"]
     tuned = {model.name: model for model in store.models.all(project=project) if SERVED_FORM in model.artifacts}
     return [
-        *(ServedModelInfo(base.id, int(base.pulled_at.timestamp()), owned_by="base") for base in bases),
+        *(ServedModelInfo(base.id, int(base.pulled_at.timestamp()), owned_by="base") for base in store.models.bases()),
         *(
             ServedModelInfo(name, int(model.created_at.timestamp()), owned_by=name.split(":")[2], root=model.base)
             for name, model in tuned.items()

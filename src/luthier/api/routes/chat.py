@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -13,11 +12,11 @@ from pydantic import BaseModel, ConfigDict
 from luthier.api.chat_log import ChatLog, counted
 from luthier.api.paging import list_of, metadata_filter
 from luthier.api.service import Reader, Service, TheService, Writer
-from luthier.api.streams import CLIENT_CLOSED_REQUEST, EventStream, event, unless_disconnected
-from luthier.errors import LuthierError, NotFoundError
+from luthier.api.streams import CLIENT_CLOSED_REQUEST, EventStream, chunk_events, unless_disconnected
+from luthier.errors import InputError, NotFoundError
 from luthier.records.access import Caller
 from luthier.records.stored import Metadata
-from luthier.serve.api_error import as_api_error, model_not_found
+from luthier.serve.api_error import ApiError, model_not_found
 from luthier.serve.chat import complete_chat, prepare_chat, stream_chat
 from luthier.serve.chat_request import ChatRequest, refuse_unsupported
 from luthier.serve.pool import LoadedModel
@@ -51,7 +50,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, caller: Re
         chat = prepare_chat(counted(body) if log else body, loaded)
         if body.stream:
             chunks = stream_chat(chat)
-            return EventStream(_events(log.keeping(chunks) if log else chunks), resources.pop_all())
+            return EventStream(chunk_events(log.keeping(chunks) if log else chunks), resources.pop_all())
         completion = await unless_disconnected(request, complete_chat(chat))
     if completion and log:
         await log.keep(completion)
@@ -118,7 +117,7 @@ async def lease(resources: AsyncExitStack, service: Service, caller: Caller, nam
     """Hold a model until the resources are freed; it is loaded if need be.
 
     Raises:
-        ApiError: 404, where the caller has no model of that name.
+        ApiError: 404, where the caller has no model of that name; 400, where it is one that does not write.
         EngineError: the model cannot be loaded.
         CapacityError: all engines stayed busy.
     """
@@ -126,15 +125,5 @@ async def lease(resources: AsyncExitStack, service: Service, caller: Caller, nam
         return await resources.enter_async_context(service.pool.lease(name, caller.project))
     except NotFoundError as error:
         raise model_not_found(str(error)) from error
-
-
-async def _events(answer: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
-    """Yield a streamed answer; a failure in the middle is an event too, since the status is already sent."""
-    try:
-        async with aclosing(answer) as chunks:
-            async for chunk in chunks:
-                yield event(chunk)
-    except LuthierError as error:
-        yield event(as_api_error(error).body)
-        return
-    yield "data: [DONE]\n\n"
+    except InputError as error:
+        raise ApiError(400, str(error), param="model") from error
