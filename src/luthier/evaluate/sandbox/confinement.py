@@ -40,7 +40,8 @@ ALLOWED = {
     "files": """
         access chdir close close_range dup dup2 dup3 faccessat faccessat2 fadvise64 fchdir fdatasync fstat fsync
         ftruncate getcwd getdents64 lseek lstat newfstatat poll ppoll pread64 preadv pselect6 pwrite64 pwritev read
-        readlink readlinkat readv rename renameat renameat2 select sendfile stat statx umask unlink unlinkat write writev""",
+        readlink readlinkat readv rename renameat renameat2 select sendfile stat statx umask unlink unlinkat write
+        writev""",
     "memory": "brk madvise mmap mprotect mremap munmap",
     "time": """
         alarm clock_getres clock_gettime clock_nanosleep getitimer gettimeofday nanosleep setitimer time times""",

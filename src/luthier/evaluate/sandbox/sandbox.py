@@ -165,10 +165,9 @@ class Sandbox:
         try:
             yield process
         finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()  # what is left in its pipes, so that they are closed
 
     def _setup(self, folder: str) -> dict[str, Any]:
         allowance = self.allowance
