@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ ENVIRONMENT = {
 }
 LOOK_SECONDS = 0.05
 READ_BYTES = 2**16
+OnExcess = Callable[[str], None]
 HINT = "python graders need Linux 5.13 or newer with Landlock and seccomp, and the library libseccomp2"
 PROBE = """
 import os, socket
@@ -191,22 +192,26 @@ class Sandbox:
         Raises:
             CodeError: it takes too long, prints too much or writes too much.
         """
-        talking = asyncio.ensure_future(self._talk(process, payload))
-        watching = asyncio.create_task(self._watch(folder))
-        both = {talking, watching}
-        try:
-            await asyncio.wait(both, timeout=self.allowance.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                watching.result()
-            if not talking.done():
-                raise CodeError("limit", f"The code took longer than {self.allowance.seconds:g} seconds.")
-            return talking.result()
-        finally:
-            for task in both:
-                task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
+        excesses: list[str] = []
 
-    async def _talk(self, process: Process, payload: bytes) -> tuple[bytes, bytes]:
+        def end(excess: str) -> None:
+            excesses.append(excess)
+            with suppress(ProcessLookupError):
+                process.kill()
+
+        seconds = self.allowance.seconds
+        timer = asyncio.get_running_loop().call_later(seconds, end, f"took longer than {seconds:g} seconds")
+        watching = asyncio.create_task(self._watch(folder, end))
+        try:
+            answer, output = await self._talk(process, payload, end)
+        finally:
+            timer.cancel()
+            watching.cancel()
+        if excesses:
+            raise CodeError("limit", f"The code {excesses[0]}.")
+        return answer, output
+
+    async def _talk(self, process: Process, payload: bytes, end: OnExcess) -> tuple[bytes, bytes]:
         assert process.stdin is not None  # noqa: S101 - it is a pipe, as the others
         assert process.stdout is not None  # noqa: S101
         assert process.stderr is not None  # noqa: S101
@@ -214,30 +219,29 @@ class Sandbox:
             process.stdin.write(payload)
             await process.stdin.drain()
             process.stdin.close()
-        answer, output = await asyncio.gather(self._read(process.stdout), self._read(process.stderr))
+        answer, output = await asyncio.gather(self._read(process.stdout, end), self._read(process.stderr, end))
         await process.wait()
         return answer, output
 
-    async def _read(self, stream: asyncio.StreamReader) -> bytes:
+    async def _read(self, stream: asyncio.StreamReader, end: OnExcess) -> bytes:
         content = b""
         while piece := await stream.read(READ_BYTES):
-            content += piece
+            content = (content + piece)[: self.allowance.output_bytes + 1]
             if len(content) > self.allowance.output_bytes:
-                raise CodeError("limit", f"The code printed more than {self.allowance.output_bytes} bytes.")
+                end(f"printed more than {self.allowance.output_bytes} bytes")
         return content
 
-    async def _watch(self, folder: Path) -> None:
-        """Return never.
-
-        Raises:
-            CodeError: the folder holds more than it may.
-        """
+    async def _watch(self, folder: Path, end: OnExcess) -> None:
+        files, size = self.allowance.files, self.allowance.folder_bytes
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            sizes = _sizes(folder)
-            if sum(sizes) > self.allowance.folder_bytes or len(sizes) > self.allowance.files:
-                limit = f"{self.allowance.files} files or {self.allowance.folder_bytes} bytes"
-                raise CodeError("limit", f"The code wrote more than {limit} to its folder.")
+            try:
+                sizes = _sizes(folder)
+            except OSError as error:
+                end(f"could not be watched ({error})")
+                return
+            if len(sizes) > files or sum(sizes) > size:
+                end(f"wrote more than {files} files or {size} bytes to its folder")
 
 
 def _sizes(folder: Path) -> list[int]:
