@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModel
 
 from luthier.llm.embedding_format import EmbeddingFormat, Pooling
-from luthier.llm.engine.encoder_model import by_length, padded
+from luthier.llm.engine.text_batches import by_length, padded
 from luthier.llm.engine.torch_model import load_base
 from luthier.llm.engine.worker_socket import Message, WorkerSocket, worker_arguments
 
