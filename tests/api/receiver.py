@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,27 +23,34 @@ class Received:
 
 @dataclass
 class Receiver:
-    """A server that answers with the given statuses, one after the other, and with the last one from then on."""
+    """A server that answers with the given statuses, one after the other, and with the last one from then on.
+
+    While ``hold`` is cleared, it does not answer.
+    """
 
     statuses: list[int] = field(default_factory=lambda: [200])
     location: str | None = None
     port: int = 0
     received: list[Received] = field(default_factory=list)
+    hold: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Receiver:
         receiver = self
+        self.hold.set()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 receiver.received.append(Received(self.path, headers, body))
+                receiver.hold.wait(DEADLINE_SECONDS)
                 statuses = receiver.statuses
                 self.send_response(statuses.pop(0) if len(statuses) > 1 else statuses[0])
                 if receiver.location:
                     self.send_header("location", receiver.location)
                 self.send_header("content-length", "0")
-                self.end_headers()
+                with suppress(ConnectionError):  # who asked may be gone
+                    self.end_headers()
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -179,7 +179,9 @@ def test_the_sdk_accepts_what_is_sent_when_a_job_ends(store: Store, receiver: Re
     assert (delivery.parent, delivery.attempts, delivery.status_code) == (made.id, 1, 200)
 
 
-def test_a_service_tells_of_a_job_that_the_command_line_ended(start_live: Callable[..., Live], receiver: Receiver) -> None:
+def test_a_service_tells_of_a_job_that_the_command_line_ended(
+    start_live: Callable[..., Live], receiver: Receiver
+) -> None:
     live = start_live(processes=1)
     client = live.client()
     client.webhooks.create(
@@ -327,7 +329,7 @@ def test_addresses_where_clouds_keep_credentials_are_never_told(receiver: Receiv
         return attempt.error or str(attempt.status_code)
 
     mapped = f"http://[::ffff:127.0.0.1]:{receiver.port}/"
-    for url in ("http://169.254.169.254/latest", "http://0.0.0.0:80", "http://[fe80::1]/", "http://224.0.0.1/"):  # noqa: S104
+    for url in ("http://169.254.169.254/latest", "http://0.0.0.0:80", "http://[fe80::1]/", "http://224.0.0.1/"):
         assert "may not be told" in asyncio.run(tell(url, "any"))
     for url in (receiver.url, f"http://localhost:{receiver.port}/", mapped, "http://10.0.0.1/"):
         assert "may not be told" in asyncio.run(tell(url, "public"))

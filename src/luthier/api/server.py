@@ -16,14 +16,21 @@ GRACE_SECONDS = 10
 OnReady = Callable[[str], None]
 
 
-def serve(app: ASGIApp, host: str = "127.0.0.1", port: int = 8000, on_ready: OnReady | None = None) -> None:
-    """Serve an application until SIGINT or SIGTERM; requests under way get ten seconds to finish.
+def serve(
+    app: ASGIApp,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    on_ready: OnReady | None = None,
+    grace_seconds: int = GRACE_SECONDS,
+) -> None:
+    """Serve an application until SIGINT or SIGTERM; requests under way get some seconds to finish.
 
     Args:
         app: The application; its own shutdown frees what it holds.
         host: The address to bind.
         port: The port to bind; 0 takes a free one.
         on_ready: Called with the URL once requests are answered.
+        grace_seconds: How long requests under way may take at the end; then they are broken off.
 
     Raises:
         ConflictError: the port is taken.
@@ -33,7 +40,7 @@ def serve(app: ASGIApp, host: str = "127.0.0.1", port: int = 8000, on_ready: OnR
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda *_: None)  # uvicorn raises it again after its own shutdown, which is all there is
     with listener:
-        Server(app, listener, on_ready).run(sockets=[listener])
+        Server(app, listener, on_ready, grace_seconds).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -61,14 +68,20 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn's server, quiet, on a bound socket; tells when it is ready."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, on_ready: OnReady | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        on_ready: OnReady | None = None,
+        grace_seconds: int = GRACE_SECONDS,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,  # its lines go where the others go
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=GRACE_SECONDS,
+                timeout_graceful_shutdown=grace_seconds,
             )
         )
         host, port = listener.getsockname()[:2]

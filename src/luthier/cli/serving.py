@@ -44,11 +44,12 @@ LOG_FORMAT = typer.Option(LogFormat.text, envvar="LUTHIER_LOG_FORMAT", help="How
 LOG_LEVEL = typer.Option(
     None,
     envvar="LUTHIER_LOG_LEVEL",
-    help="What is worth a line on standard error; info has one for every request, and is what counts unless --announce is given.",
+    help="What is worth a line on standard error: info has one for every request. Warnings alone with --announce.",
 )
 LOG_PROMPTS = typer.Option(
     False, "--log-prompts", envvar="LUTHIER_LOG_PROMPTS", help="Write what models are asked into the log, too."
 )
+GRACE = typer.Option(10, min=0, envvar="LUTHIER_GRACE_SECONDS", help="Seconds for requests under way at the end.")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -59,17 +60,18 @@ def up(
     workers: int = typer.Option(1, min=1, help="How many runs (training, evaluation) are executed at once."),
     batches: int = typer.Option(4, min=1, help="How many batches and runs of evals are executed at once."),
     announce: bool = ANNOUNCE,
+    grace: int = GRACE,
     log_format: LogFormat = LOG_FORMAT,
     log_level: LogLevel = LOG_LEVEL,
     log_prompts: bool = LOG_PROMPTS,
 ) -> None:
     """Start the whole service on one port: OpenAI's API, all models, and the runs that wait in the queue.
 
-    Ctrl-C or SIGTERM ends it: requests under way get ten seconds, runs go back into the queue at their next step.
+    Ctrl-C or SIGTERM ends it: requests under way get some seconds, runs go back into the queue at their next step.
     """
     _write_logs(log_format, log_level, announce=announce)
     options = {"processes": workers, "resident_runs": batches, "log_prompts": log_prompts}
-    _serve(host, port, api_key, announce=announce, options=options)
+    _serve(host, port, api_key, announce=announce, grace=grace, options=options)
 
 
 def serve(
@@ -79,6 +81,7 @@ def serve(
     extra: list[str] = typer.Option([], help="A further model: NAME=FOLDER with model.gguf and its chat format."),
     only_extra: bool = typer.Option(False, help="Serve the --extra models alone."),
     announce: bool = ANNOUNCE,
+    grace: int = GRACE,
     log_format: LogFormat = LOG_FORMAT,
     log_level: LogLevel = LOG_LEVEL,
     log_prompts: bool = LOG_PROMPTS,
@@ -87,7 +90,7 @@ def serve(
     _write_logs(log_format, log_level, announce=announce)
     folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in extra)}
     options = {"log_prompts": log_prompts}
-    _serve(host, port, api_key, announce=announce, options=options, folders=folders, only_extra=only_extra)
+    _serve(host, port, api_key, announce=announce, grace=grace, options=options, folders=folders, only_extra=only_extra)
 
 
 def _serve(
@@ -96,6 +99,7 @@ def _serve(
     api_key: str | None,
     *,
     announce: bool,
+    grace: int,
     options: Mapping[str, Any],
     folders: Mapping[str, Path] | None = None,
     only_extra: bool = False,
@@ -132,7 +136,7 @@ def _serve(
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
     rates = Rates(requests_per_minute=settings.requests_per_minute, tokens_per_minute=settings.tokens_per_minute)
     service = Service(store, pool, api_key, rates=rates, webhook_targets=settings.webhook_targets, **options)
-    run_server(create_app(service), host, port, ready)
+    run_server(create_app(service), host, port, ready, grace)
 
 
 def _write_logs(format: LogFormat, level: LogLevel | None, *, announce: bool) -> None:

@@ -129,7 +129,8 @@ class Outbox:
         """Return how many deliveries of all projects there are by status."""
         query = sa.select(objects.c.status, sa.func.count()).where(objects.c.kind == DELIVERY)
         with self._database.read() as connection:
-            return dict(connection.execute(query.group_by(objects.c.status)).tuples().all())
+            rows = connection.execute(query.group_by(objects.c.status))
+            return {str(status): int(number) for status, number in rows}
 
 
 def _endpoints(connection: sa.Connection, project: str) -> list[WebhookEndpoint]:

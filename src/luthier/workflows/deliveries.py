@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -14,9 +15,11 @@ from luthier.records.webhook import EventType, WebhookDelivery, WebhookEndpoint
 from luthier.serve.webhooks import MAX_ATTEMPTS, Attempt, Sender, delay_seconds, signed_headers
 from luthier.store.outbox import Ended
 from luthier.store.store import Store
+from luthier.workflows.batches import batch_id, batch_object
 from luthier.workflows.fine_tuning import job_id
 from luthier.workflows.webhooks import signing_secrets
 
+log = logging.getLogger("luthier.webhooks")
 GONE = 410
 KEEP_SECONDS = 30 * 24 * 3600
 # How the end of a run is called at OpenAI, and the id of what ended. Kinds that OpenAI does not know are not told of.
@@ -26,8 +29,15 @@ JOB_EVENTS: dict[str, EventType] = {
     "failed": "fine_tuning.job.failed",
     "cancelled": "fine_tuning.job.cancelled",
 }
+BATCH_EVENTS: dict[str, EventType] = {
+    "completed": "batch.completed",
+    "failed": "batch.failed",
+    "expired": "batch.expired",
+    "cancelled": "batch.cancelled",
+}
 EVENTS: dict[RunKind, EventOf] = {
     "train": lambda _, run: (JOB_EVENTS[run.status], job_id(run.id)),
+    "batch": lambda store, run: (BATCH_EVENTS[batch_object(store, run)["status"]], batch_id(run.id)),
 }
 
 
@@ -39,8 +49,7 @@ def announce_runs(store: Store) -> list[Run]:
     announced = []
     for ended in store.outbox.unannounced():
         run = store.runs.get(ended.run_id)
-        event_of = EVENTS.get(run.kind)
-        type, subject = event_of(store, run) if event_of and run.is_finished else (None, "")
+        type, subject = _event_of(store, run)
         if store.outbox.announce(ended, type, _new_delivery(ended, type, subject)):
             announced.append(run)
     return announced
@@ -87,6 +96,17 @@ def event_body(event: str, created_at: int, type: EventType, subject: str) -> by
     """Return an event as OpenAI's clients read it; the same bytes with every attempt."""
     body = {"id": event, "object": "event", "created_at": created_at, "type": type, "data": {"id": subject}}
     return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _event_of(store: Store, run: Run) -> tuple[EventType | None, str]:
+    event_of = EVENTS.get(run.kind)
+    if event_of is None or not run.is_finished:
+        return None, ""
+    try:
+        return event_of(store, run)
+    except Exception:  # one run whose files are damaged must not keep the others from being announced
+        log.exception("what ended with run %s is not known; nobody is told of it", run.id)
+        return None, ""
 
 
 def _new_delivery(ended: Ended, type: EventType | None, subject: str) -> Callable[[WebhookEndpoint], WebhookDelivery]:

@@ -1,0 +1,384 @@
+"""Every route, from the route table: who may call it, and that a project never reaches another's things.
+
+A new route is tested without a line here. A new path parameter needs a maker of such a thing (:data:`MAKERS`), a body
+that must be valid one in :data:`BODIES`, and a field of a body that names another thing an entry in
+:data:`REFERENCES`; without them these tests fail and say so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
+
+from luthier.api import metrics
+from luthier.api.app import create_app
+from luthier.api.routes import ROUTERS
+from luthier.api.service import administers, reads, writes
+from luthier.records.fine_tuning import Checkpoint
+from luthier.records.model import Artifact
+from luthier.records.stored import now
+from luthier.workflows.models import pull
+from tests.api.conftest import Live
+
+OWNER, STRANGER = "acme", "other"
+HELLO = [{"role": "user", "content": "hello"}]
+CHAT_LINE = {"messages": [*HELLO, {"role": "assistant", "content": "hi"}]}
+SHORT = {"model": "tiny-base", "messages": HELLO, "max_tokens": 1}
+BATCH_LINE = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": SHORT}
+BATCH = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+Maker = Callable[["World"], str]
+
+
+@dataclass
+class World:
+    """A service with two projects; the things of one are made as they are needed, once."""
+
+    live: Live
+
+    def __post_init__(self) -> None:
+        self.keys = {project: self.live.key(project) for project in (OWNER, STRANGER)}
+        self.client = self.live.client(self.keys[OWNER])
+        self.made: dict[str, str] = {}
+
+    def id_of(self, parameter: str) -> str:
+        """Return the id of the owner's thing that a path parameter stands for."""
+        assert parameter in MAKERS, f"MAKERS needs a maker of a thing for the path parameter {parameter!r}"
+        if parameter not in self.made:
+            self.made[parameter] = MAKERS[parameter](self)
+        return self.made[parameter]
+
+    def all_ids(self) -> list[str]:
+        return [self.id_of(parameter) for parameter in MAKERS]
+
+    def ask(self, project: str, method: str, path: str, **content: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {self.keys[project]}"}
+        return httpx.request(method, f"{self.live.url}{path}", headers=headers, timeout=60, **content)
+
+    def everything(self) -> dict[str, list[str]]:
+        """Return all that the service keeps: the rows of the database, and the names of its files."""
+        with sqlite3.connect(self.live.store.home / "luthier.db") as database:
+            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            kept = {table: sorted(map(repr, database.execute(f"SELECT * FROM {table}"))) for table in tables}  # noqa: S608
+        return kept | {"files": sorted(str(path) for path in (self.live.store.home / "artifacts").rglob("*"))}
+
+    def file(self, project: str, purpose: str, *rows: object) -> str:
+        """Return the id of a new file."""
+        content = {"file": ("rows.jsonl", "\n".join(map(json.dumps, rows)).encode())}
+        return str(self.ask(project, "POST", "/v1/files", files=content, data={"purpose": purpose}).json()["id"])
+
+    @cached_property
+    def training_files(self) -> dict[str, str]:
+        return {project: self.file(project, "fine-tune", *[CHAT_LINE] * 12) for project in self.keys}
+
+    @property
+    def training_file(self) -> str:
+        return self.training_files[OWNER]
+
+    @cached_property
+    def batch_file(self) -> str:
+        return self.file(OWNER, "batch", BATCH_LINE)
+
+    @cached_property
+    def encoder(self) -> str:
+        self.live.store.models.set_alias(OWNER, "reader@production", "tiny-encoder")
+        return "reader@production"
+
+
+def make_upload(world: World) -> str:
+    return world.client.uploads.create(bytes=5, filename="a", mime_type="text/plain", purpose="user_data").id
+
+
+def make_job(world: World) -> str:
+    return world.client.fine_tuning.jobs.create(model="tiny-base", training_file=world.training_file).id
+
+
+def make_checkpoint(world: World) -> str:
+    model = "ft:tiny-base:local::abc:ckpt-step-1"
+    adapter = Artifact(kind="adapter", path="nowhere", bytes=0, sha256={})
+    world.live.store.checkpoints.add(
+        Checkpoint(
+            id="ftckpt_abc-1",
+            project=OWNER,
+            created_at=now(),
+            parent="train-abc",
+            model=model,
+            base="tiny-base",
+            step=1,
+            metrics={},
+            adapter=adapter,
+        )
+    )
+    return model
+
+
+def make_permission(world: World) -> str:
+    checkpoint = world.id_of("checkpoint")
+    made = world.client.fine_tuning.checkpoints.permissions.create(checkpoint, project_ids=["third"])
+    return made.data[0].id
+
+
+def make_alias(world: World) -> str:
+    world.live.store.models.set_alias(OWNER, "support@production", "tiny-base")
+    return "support@production"
+
+
+def make_completion(world: World) -> str:
+    return world.client.chat.completions.create(model="tiny-base", messages=HELLO, max_tokens=2, store=True).id  # type: ignore[arg-type]
+
+
+def make_endpoint(world: World) -> str:
+    made = world.client.webhooks.create(name="a", url="http://127.0.0.1:1", event_types=["batch.completed"])
+    return made.id
+
+
+def make_batch(world: World) -> str:
+    made = world.client.batches.create(
+        input_file_id=world.batch_file, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    return made.id
+
+
+# For each path parameter: makes a thing of the owner, and returns what stands for it in a path.
+MAKERS: dict[str, Maker] = {
+    "file_id": lambda world: world.training_file,
+    "upload_id": make_upload,
+    "job": make_job,
+    "checkpoint": make_checkpoint,
+    "permission": make_permission,
+    "model": make_alias,
+    "completion": make_completion,
+    "batch": make_batch,
+    "webhook_endpoint_id": make_endpoint,
+}
+
+# Valid bodies of routes with path parameters, where an empty one is none.
+BODIES: dict[tuple[str, str], dict[str, Any]] = {
+    ("POST", "/v1/uploads/{upload_id}/parts"): {"files": {"data": b"hello"}},
+    ("POST", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_a"]}},
+    ("POST", "/v1/fine_tuning/checkpoints/{checkpoint}/permissions"): {"json": {"project_ids": ["third"]}},
+    ("POST", "/v1/chat/completions/{completion}"): {"json": {"metadata": {"a": "b"}}},
+    ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {"json": {"event_type": "batch.completed"}},
+}
+
+# For each field of a body that names a thing: a body that names one of the owner's there, and the asking project's own
+# things elsewhere. It is executed for the owner, and for nobody else.
+Reference = Callable[["World", str], dict[str, Any]]
+REFERENCES: dict[tuple[str, str, str], Reference] = {
+    ("POST", "/v1/fine_tuning/jobs", "training_file"): lambda world, _: {
+        "model": "tiny-base",
+        "training_file": world.training_file,
+    },
+    ("POST", "/v1/fine_tuning/jobs", "model"): lambda world, project: {
+        "model": world.id_of("model"),
+        "training_file": world.training_files[project],
+    },
+    ("POST", "/v1/fine_tuning/jobs", "validation_file"): lambda world, project: {
+        "model": "tiny-base",
+        "training_file": world.training_files[project],
+        "validation_file": world.training_file,
+    },
+    ("POST", "/v1/chat/completions", "model"): lambda world, _: SHORT | {"model": world.id_of("model")},
+    ("POST", "/v1/completions", "model"): lambda world, _: {
+        "model": world.id_of("model"),
+        "prompt": "hello",
+        "max_tokens": 1,
+    },
+    ("POST", "/v1/embeddings", "model"): lambda world, _: {"model": world.encoder, "input": "hello"},
+    ("POST", "/v1/batches", "input_file_id"): lambda world, _: BATCH | {"input_file_id": world.batch_file},
+}
+# Fields that are called like references and are none: what is uploaded, parts of that one upload, other projects to
+# share with, calls of tools.
+NO_REFERENCES = {"file", "part_ids", "project_ids", "id", "tool_call_id", "return_token_ids"}
+LOOKS_LIKE_A_REFERENCE = re.compile(r"(^|_)(file|job|batch|eval|model|run|response|completion|id)(_?ids?|s)?$")
+
+# Routes that ask models: whoever may read may call them, though they are no GET.
+ASKS_MODELS = {("POST", f"/v1/{route}") for route in ("chat/completions", "completions", "embeddings")}
+# Lists in which the owner's things are not to be expected.
+LISTS_NOTHING_OF_A_PROJECT = {"/v1/webhook_event_types", "/metrics"}
+# Where the owner's request would only load torch; that it is valid is tested elsewhere.
+NOT_EXECUTED = {"/v1/embeddings"}
+
+ROUTES = [
+    (method, route)
+    for router in (*ROUTERS, metrics.router)
+    for route in router.routes
+    if isinstance(route, APIRoute)
+    for method in sorted(route.methods or ())
+]
+NAMES = [f"{method} {route.path_format}" for method, route in ROUTES]
+
+
+def parameters(route: APIRoute) -> list[str]:
+    return re.findall(r"{(\w+)}", route.path_format)
+
+
+def each(routes: list[tuple[str, APIRoute]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("method", "route"), routes, ids=[f"{how} {it.path_format}" for how, it in routes])
+
+
+each_route = each(ROUTES)
+each_route_to_a_thing = each([(method, route) for method, route in ROUTES if parameters(route)])
+each_list = each(
+    [
+        (method, route)
+        for method, route in ROUTES
+        if method == "GET" and not parameters(route) and route.path_format not in LISTS_NOTHING_OF_A_PROJECT
+    ]
+)
+
+
+def with_things(world: World, route: APIRoute) -> str:
+    """Return a route's path to the owner's things."""
+    return route.path_format.format(**{name: world.id_of(name) for name in parameters(route)})
+
+
+def calls(dependant: Dependant) -> Iterator[object]:
+    for dependency in dependant.dependencies:
+        yield dependency.call
+        yield from calls(dependency)
+
+
+def scope_of(route: APIRoute) -> str:
+    scopes = {reads: "read", writes: "write", administers: "admin"}
+    (found,) = [scopes[call] for call in calls(route.dependant) if call in scopes]  # type: ignore[index]
+    return found
+
+
+def code_of(response: httpx.Response) -> str | None:
+    code: str | None = response.json()["error"]["code"]
+    return code
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_encoder: Path) -> Iterator[World]:
+    live = Live(tmp_path_factory.mktemp("routes") / "home")
+    pull(live.store, str(tiny_base))
+    pull(live.store, str(tiny_encoder))
+    yield World(live)
+    live.close()
+
+
+def test_the_table_has_every_route_that_the_service_describes(world: World) -> None:
+    paths = create_app(world.live.service).openapi()["paths"]
+    described = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    assert described - set(NAMES) == {"GET /health", "GET /ready"}
+    assert len(NAMES) == len(set(NAMES))
+
+
+@each_route
+def test_a_route_says_who_may_call_it(method: str, route: APIRoute) -> None:
+    scope = scope_of(route)  # exactly one
+    if (method, route.path_format) in ASKS_MODELS or method == "GET":
+        assert scope in ("read", "admin")
+    else:
+        assert scope in ("write", "admin")
+
+
+@each_route
+def test_a_key_without_the_scope_is_refused_and_nothing_happens(world: World, method: str, route: APIRoute) -> None:
+    lower = {"read": None, "write": "read", "admin": "write"}[scope_of(route)]
+    path = with_things(world, route)
+    if lower is not None:
+        before = world.everything()
+        secret = world.live.store.keys.add("weak", OWNER, [lower])[1]  # type: ignore[list-item]
+        body = BODIES.get((method, route.path_format), {"json": {}})
+        headers = {"authorization": f"Bearer {secret}"}
+        response = httpx.request(method, f"{world.live.url}{path}", headers=headers, **body)
+        assert (response.status_code, code_of(response)) == (403, "insufficient_scope")
+        after = world.everything()
+        assert {name: rows for name, rows in after.items() if name != "api_keys"} == {
+            name: rows for name, rows in before.items() if name != "api_keys"
+        }
+    response = httpx.request(method, f"{world.live.url}{path}")
+    assert (response.status_code, code_of(response)) == (401, "invalid_api_key")
+
+
+@each_route_to_a_thing
+def test_another_projects_thing_is_not_found_and_stays_as_it_is(world: World, method: str, route: APIRoute) -> None:
+    path = with_things(world, route)
+    if method == "GET":
+        assert world.ask(OWNER, method, path).status_code == 200  # or the ids would be wrong
+    body = BODIES.get((method, route.path_format), {} if method in ("GET", "DELETE") else {"json": {}})
+    before = world.everything()
+    response = world.ask(STRANGER, method, path, **body)
+    assert response.status_code != 400, f"BODIES needs a valid body for {method} {route.path_format}: {response.text}"
+    assert response.status_code == 404, response.text
+    assert world.everything() == before
+
+
+@each_list
+def test_a_list_has_nothing_of_another_project(world: World, method: str, route: APIRoute) -> None:
+    ids = world.all_ids()
+    own, others = (world.ask(project, method, route.path_format).json() for project in (OWNER, STRANGER))
+    assert own["object"] == others["object"] == "list"
+    shown = {one["id"] for one in own["data"]}
+    assert shown & set(ids), f"MAKERS makes nothing that {route.path_format} lists"
+    text = json.dumps(others)
+    assert not [id for id in ids if id in text]
+    after = next(iter(shown & set(ids)))
+    if any(parameter.name == "after" for parameter in route.dependant.query_params):
+        response = world.ask(STRANGER, method, f"{route.path_format}?after={after}")
+        assert response.status_code == 404, response.text
+
+
+def fields(schema: object) -> Iterator[str]:
+    """Yield the names of all fields of a JSON schema, those within others too."""
+    if isinstance(schema, dict):
+        yield from schema.get("properties", {})
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for inner in schema:
+            yield from fields(inner)
+
+
+def references() -> set[tuple[str, str, str]]:
+    """Return (method, path, field) of all fields in bodies that look as if they named a thing."""
+    found = set()
+    for method, route in ROUTES:
+        if route.body_field is not None:
+            schema = TypeAdapter(route.body_field.field_info.annotation).json_schema()
+            named = {name for name in fields(schema) if LOOKS_LIKE_A_REFERENCE.search(name)}
+            found |= {(method, route.path_format, name) for name in named - NO_REFERENCES}
+    return found
+
+
+def test_every_field_that_names_a_thing_is_tried() -> None:
+    assert references() == REFERENCES.keys()
+
+
+@pytest.mark.parametrize(("method", "path", "field"), REFERENCES, ids=[" ".join(place) for place in REFERENCES])
+def test_a_body_does_not_reach_another_projects_thing(world: World, method: str, path: str, field: str) -> None:
+    body = REFERENCES[method, path, field](world, STRANGER)
+    before = world.everything()
+    response = world.ask(STRANGER, method, path, json=body)
+    assert response.status_code == 404, response.text
+    assert response.json()["error"]["param"] == field
+    assert world.everything() == before
+    if path not in NOT_EXECUTED:
+        own = world.ask(OWNER, method, path, json=REFERENCES[method, path, field](world, OWNER))
+        assert own.status_code in (200, 201), own.text  # or the body would be wrong
+
+
+def test_a_checkpoint_is_no_model_of_another_project(world: World) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        body = SHORT | {"prompt": "hello", "model": world.id_of("checkpoint")}
+        response = world.ask(STRANGER, "POST", path, json=body)
+        assert (response.status_code, code_of(response)) == (404, "model_not_found")
+
+
+def test_the_things_are_still_there_in_the_end(world: World) -> None:
+    for method, route in ROUTES:
+        if method == "GET":
+            assert world.ask(OWNER, method, with_things(world, route)).status_code == 200, route.path_format
