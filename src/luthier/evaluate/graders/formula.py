@@ -65,8 +65,8 @@ class Formula:
         match node:
             case ast.Constant(value=bool()):
                 raise ValueError("a number is needed, not True or False")
-            case ast.Constant(value=int() | float()):
-                float(node.value)
+            case ast.Constant(value=int() | float() as number):
+                float(number)
             case ast.Name(id=name):
                 if name not in self._names:
                     raise ValueError(f"there is no grader {name!r}.{did_you_mean(name, self._names)}")

@@ -1,0 +1,48 @@
+"""Read what clients wrote: objects whose ``type`` says what they are, with errors that name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from luthier.errors import did_you_mean
+from luthier.records.grader import Written
+from luthier.serve.api_error import ApiError, field_error
+
+Place = tuple[int | str, ...]
+W = TypeVar("W", bound=Written)
+
+
+def read_written(kinds: Mapping[str, type[W]], written: Any, place: Place) -> W:
+    """Return an object as the record that its ``type`` names.
+
+    Args:
+        kinds: What may stand here, by ``type``.
+        written: What the client sent.
+        place: Where it stands in the request, such as ``("testing_criteria", 0)``.
+
+    Raises:
+        ApiError: 400; it names the field.
+    """
+    if not isinstance(written, dict):
+        raise refused(place, "must be an object")
+    kind = written.get("type")
+    if not isinstance(kind, str) or kind not in kinds:
+        known = ", ".join(kinds)
+        hint = did_you_mean(kind, kinds) if isinstance(kind, str) else ""
+        raise refused((*place, "type"), f"must be one of {known}, not {kind!r}.{hint}")
+    try:
+        return kinds[kind].model_validate(written)
+    except ValidationError as error:
+        found = [((*place, *item["loc"]), item["msg"], item["type"]) for item in error.errors()]
+        raise field_error(found) from error
+
+
+def refused(
+    place: Place, why: str, *, kind: str = "value_error", status: int = 400, code: str | None = None
+) -> ApiError:
+    """Return the error of a field."""
+    error = field_error([(place, why, kind)])
+    return error if (status, code) == (400, None) else ApiError(status, error.message, param=error.param, code=code)
