@@ -11,6 +11,7 @@ import pytest
 
 # Tiny models gain nothing from threads, and lose much where several processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 SERVED_FILES = (
     "tokenizer.json",

@@ -93,7 +93,7 @@ def test_parts_add_up_to_the_whole_batch(tiny_base: Path, tmp_path: Path, method
     whole = ours(objective, units, model)
     for tokens_per_row in (MIDDLE, NARROW):
         smaller = replace(objective, tokens_per_row=tokens_per_row)
-        assert len(list(smaller.losses(units, training=True))) > 1
+        assert len(smaller.losses(units, training=True)) > 1
         assert_agree(ours(smaller, units, model), whole)
 
 

@@ -78,8 +78,9 @@ def ours(objective: Objective, units: Sequence[Unit], model: Any, *, training: b
     model.zero_grad()
     loss = 0.0
     for part in objective.losses(units, training=training):
-        part.loss.backward()
-        loss += float(part.loss.detach())
+        found = part()
+        found.loss.backward()
+        loss += float(found.loss.detach())
     return loss, gradients(model)
 
 

@@ -212,6 +212,6 @@ def decoder_like(folder: Path) -> Path:
 def outputs(model: EncoderModel | RowModel) -> torch.Tensor:
     found: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        for indices, part in model.outputs(units(8, "classification"), 64):
-            found |= dict(zip(indices, part, strict=True))
+        for indices, part in model.batches(units(8, "classification"), 64):
+            found |= dict(zip(indices, part(), strict=True))
     return torch.stack([found[index] for index in sorted(found)])

@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 from luthier.errors import InputError
 from luthier.evaluate.predictions import Prediction
 from luthier.llm.base_config import context_length, read_config
-from luthier.llm.engine.encoder_model import EncoderModel, by_length
+from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import autocast
+from luthier.llm.engine.text_batches import by_length
 from luthier.llm.engine.torch_model import DTYPES, Precision, device
 from luthier.templates.labelled import LabelledText, load_tokenizer, tokenize_labelled
 from luthier.templates.renderer import TokenizedExample
@@ -84,7 +85,8 @@ class Classifier:
         self, examples: Sequence[TokenizedExample], batch_tokens: int
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         if not hasattr(self._model, "score"):
-            return EncoderModel(self._model, self._dtype).outputs(examples, batch_tokens)
+            batches = EncoderModel(self._model, self._dtype).batches(examples, batch_tokens)
+            return ((indices, outputs()) for indices, outputs in batches)
         return self._decoder_outputs(examples, batch_tokens)
 
     def _decoder_outputs(

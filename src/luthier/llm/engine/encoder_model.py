@@ -5,16 +5,15 @@ Names end in their dimensions: N texts, L tokens of the longest one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from luthier.llm.engine.row_model import autocast
+from luthier.llm.engine.text_batches import by_length, padded
 from luthier.templates.renderer import TokenizedExample
-
-SIMILAR = 1.3
-ENOUGH_TOKENS = 192
 
 
 class EncoderModel:
@@ -28,40 +27,19 @@ class EncoderModel:
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             inner.gradient_checkpointing_enable()
 
-    def outputs(
+    def batches(
         self, examples: Sequence[TokenizedExample], tokens_per_batch: int
-    ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yield (indices of examples, outputs of the head (N, outputs) in float32), shortest texts first."""
-        for indices in by_length([len(example.tokens) for example in examples], tokens_per_batch):
-            tokens_NL, real_NL = padded([examples[index].tokens for index in indices])
-            with autocast(self.dtype, self.device):
-                found = self.model(input_ids=tokens_NL.to(self.device), attention_mask=real_NL.to(self.device))
-            yield indices, found.logits.float()
+    ) -> list[tuple[list[int], Callable[[], torch.Tensor]]]:
+        """Return (indices of examples, a function that gives the head's outputs of them), shortest texts first.
 
+        Outputs are (N, outputs), in float32.
+        """
+        batches = by_length([len(example.tokens) for example in examples], tokens_per_batch)
+        return [(indices, partial(self._outputs, [examples[index] for index in indices])) for indices in batches]
 
-def padded(texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return texts as tokens (N, L), and which of them are real: 1, or 0 for padding (N, L)."""
-    lengths_N = torch.tensor([len(text) for text in texts])
-    tokens_NL = torch.zeros(len(texts), int(lengths_N.max()), dtype=torch.long)
-    for row, text in enumerate(texts):
-        tokens_NL[row, : len(text)] = torch.tensor(text)
-    real_NL = (torch.arange(tokens_NL.shape[1])[None] < lengths_N[:, None]).long()
-    return tokens_NL, real_NL
-
-
-def by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Return indices in batches of similar length: padded, a batch has at most ``tokens_per_batch`` tokens.
-
-    A batch that has enough tokens to keep the kernels busy takes no text that is much longer than its shortest.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        length = lengths[index]
-        fits = bool(batches) and (len(batches[-1]) + 1) * length <= tokens_per_batch
-        if fits and (
-            length <= SIMILAR * lengths[batches[-1][0]] or len(batches[-1]) * lengths[batches[-1][-1]] < ENOUGH_TOKENS
-        ):
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    def _outputs(self, examples: Sequence[TokenizedExample]) -> torch.Tensor:
+        tokens_NL, real_NL = padded([example.tokens for example in examples])
+        with autocast(self.dtype, self.device):
+            found = self.model(input_ids=tokens_NL.to(self.device), attention_mask=real_NL.to(self.device))
+        outputs_NC: torch.Tensor = found.logits.float()
+        return outputs_NC

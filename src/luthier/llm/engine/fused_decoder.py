@@ -197,19 +197,21 @@ class _Norm:
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         """Return w x / rms(x)."""
-        return (x_TE.float() * self._inverse_rms(x_TE)).to(x_TE.dtype) * self._weight_E.to(x_TE.dtype)
+        # The product of narrow numbers and float32 ones is made in float32, without a copy of the narrow ones.
+        return torch.mul(x_TE, self._inverse_rms(x_TE)).to(x_TE.dtype).mul_(self._weight_E.to(x_TE.dtype))
 
     def backward(self, dy_TE: torch.Tensor, x_TE: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the gradients of the input, (w dy - x̂ mean(x̂ w dy)) / rms, and of the weight where it is trained."""
         inverse_T1 = self._inverse_rms(x_TE)
-        scaled_TE = x_TE.float() * inverse_T1
+        scaled_TE = torch.mul(x_TE, inverse_T1)
         gradients = [(dy_TE * scaled_TE).flatten(0, -2).sum(0).to(self._weight_E.dtype) for _ in self.parameters]
-        dscaled_TE = dy_TE.float() * self._weight_E.float()
+        dscaled_TE = torch.mul(dy_TE, self._weight_E.float())
         mean_T1 = torch.linalg.vecdot(dscaled_TE, scaled_TE).unsqueeze(-1) / x_TE.shape[-1]
         return dscaled_TE.addcmul_(scaled_TE, mean_T1, value=-1).mul_(inverse_T1).to(x_TE.dtype), gradients
 
     def _inverse_rms(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return x_TE.float().square().mean(-1, keepdim=True).add_(self._epsilon).rsqrt_()
+        norm_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True, dtype=torch.float32)
+        return norm_T1.square_().div_(x_TE.shape[-1]).add_(self._epsilon).rsqrt_()
 
 
 def _rotate(qk_TCD: torch.Tensor, rope: Rope, *, back: bool = False) -> None:

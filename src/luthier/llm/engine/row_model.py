@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,12 +70,15 @@ class RowModel:
         hidden_ME = self.hidden(row, noise).index_select(0, sources_M)
         return target_logprobs(hidden_ME, self._inner.lm_head, targets_M, label_smoothing)
 
-    def outputs(
+    def batches(
         self, examples: Sequence[TokenizedExample], tokens_per_row: int
-    ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yield (indices of examples, outputs of the score head at their last tokens (N, outputs) in float32)."""
-        for row in pack(examples, shared_prefix(examples), tokens_per_row):
-            yield list(row.examples), self.row_outputs(row)
+    ) -> list[tuple[list[int], Callable[[], torch.Tensor]]]:
+        """Return (indices of examples, a function that gives the score head's outputs at their last tokens).
+
+        Outputs are (N, outputs), in float32.
+        """
+        rows = pack(examples, shared_prefix(examples), tokens_per_row)
+        return [(list(row.examples), partial(self.row_outputs, row)) for row in rows]
 
     def row_outputs(self, row: Row) -> torch.Tensor:
         """Return the outputs of the score head at each example's last token, (N, outputs), in float32."""

@@ -32,6 +32,7 @@ from luthier.train.engine.checkpoint import (
     save_checkpoint,
     save_epoch,
 )
+from luthier.train.engine.lanes import Lanes, forward, lane_count
 from luthier.train.engine.objectives.choice import make_objective
 from luthier.train.engine.objectives.objective import Objective, Unit, tokens_of
 from luthier.train.engine.optimizers import make_optimizer, parameter_groups
@@ -105,6 +106,7 @@ class _Training:
     model: RowModel | EncoderModel
     objective: Objective[Any]
     optimizer: torch.optim.Optimizer
+    lanes: Lanes
     progress: _Progress
     history: LossHistory
 
@@ -151,7 +153,8 @@ def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None])
     resolved = job.plan.resolved
     model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
     fingerprint = _fingerprint(job)
-    objective = make_objective(model, job.plan)
+    lanes = lane_count(job.plan, model.device)
+    objective = make_objective(model, job.plan, lanes)
 
     def on_progress(what: str, share: float) -> None:
         on_note(PreparationNote(what=what, share=share))
@@ -164,7 +167,10 @@ def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None])
     saved = load_checkpoint(job.folder, model.model, optimizer, fingerprint)
     if saved:
         progress = _Progress(**saved)
-    return _Training(job, model, objective, optimizer, progress, LossHistory.from_state(progress.history))
+    trained = [parameter for group in groups for parameter in group["params"]]
+    return _Training(
+        job, model, objective, optimizer, Lanes(lanes, trained), progress, LossHistory.from_state(progress.history)
+    )
 
 
 def _train_step(run: _Training, batch: list[int]) -> _BatchOutcome:
@@ -201,10 +207,9 @@ def _batch_loss(run: _Training, units: Sequence[Unit], *, training: bool) -> _Ba
     """Return the loss and metrics of a batch; in training add its gradient."""
     loss = 0.0
     sums: dict[str, tuple[float, float]] = {}
-    for part in run.objective.losses(units, training=training):
-        if training:
-            part.loss.backward()
-        loss += float(part.loss.detach())
+    parts = run.objective.losses(units, training=training)
+    for part in run.lanes.backward(parts) if training else forward(parts):
+        loss += part.loss
         for name, (value, weight) in part.sums.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + value, before[1] + weight)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from luthier.llm.engine.row_model import RowModel
-from luthier.llm.rows import pack
+from luthier.llm.rows import Row, pack
 from luthier.records.objectives import KtoOptions
 from luthier.templates.renderer import TokenizedExample
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss, sum_by_owner, total_weight
+from luthier.train.engine.objectives.objective import OnProgress, Part, PartLoss, sum_by_owner, total_weight
 from luthier.train.engine.objectives.reference import load_or_compute, summed_logprobs
 
 
@@ -27,6 +28,7 @@ class Kto:
     model: RowModel
     options: KtoOptions
     tokens_per_row: int
+    lanes: int = 1
     _reference: dict[str, float] = field(default_factory=dict)
     _other_reference: dict[str, float] = field(default_factory=dict)
     _others: dict[str, TokenizedExample] = field(default_factory=dict)
@@ -45,22 +47,24 @@ class Kto:
             self._other_reference[unit.example_id] = float(found[len(units) + index])
             self._others[unit.example_id] = other
 
-    def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> Iterator[PartLoss]:
-        """Yield one part per row, after a pass without gradient over the mismatched answers."""
+    def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> list[Part]:
+        """Return one part per row, after a pass without gradient over the mismatched answers."""
         drift = self._drift(units)
         total = total_weight(unit.weight for unit in units)
-        for row in pack(units, 0, self.tokens_per_row):
-            members = [units[index] for index in row.examples]
-            sums_N = sum_by_owner(self.model.targets(row).logprobs_M, row.owners, len(members))
-            device = sums_N.device
-            rewards_N = sums_N - torch.tensor([self._reference[unit.example_id] for unit in members], device=device)
-            liked_N = torch.tensor([unit.label == 1.0 for unit in members], device=device)
-            direction_N = torch.where(liked_N, 1.0, -1.0)
-            losses_N = 1 - torch.sigmoid(self.options.beta * direction_N * (rewards_N - drift))
-            weights_N = torch.where(liked_N, self.options.desirable_weight, self.options.undesirable_weight)
-            weights_N = weights_N * torch.tensor([unit.weight for unit in members], device=device)
-            scaled_N = self.options.beta * rewards_N.detach()
-            yield PartLoss((losses_N * weights_N).sum() / total, _sums(scaled_N, liked_N, drift))
+        rows = pack(units, 0, self.tokens_per_row, self.lanes)
+        return [partial(self._part, [units[index] for index in row.examples], row, drift, total) for row in rows]
+
+    def _part(self, members: list[TokenizedExample], row: Row, drift: float, total: float) -> PartLoss:
+        sums_N = sum_by_owner(self.model.targets(row).logprobs_M, row.owners, len(members))
+        device = sums_N.device
+        rewards_N = sums_N - torch.tensor([self._reference[unit.example_id] for unit in members], device=device)
+        liked_N = torch.tensor([unit.label == 1.0 for unit in members], device=device)
+        direction_N = torch.where(liked_N, 1.0, -1.0)
+        losses_N = 1 - torch.sigmoid(self.options.beta * direction_N * (rewards_N - drift))
+        weights_N = torch.where(liked_N, self.options.desirable_weight, self.options.undesirable_weight)
+        weights_N = weights_N * torch.tensor([unit.weight for unit in members], device=device)
+        scaled_N = self.options.beta * rewards_N.detach()
+        return PartLoss((losses_N * weights_N).sum() / total, _sums(scaled_N, liked_N, drift))
 
     def _drift(self, units: Sequence[TokenizedExample]) -> float:
         others = [self._others[unit.example_id] for unit in units]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.templates.renderer import TokenizedExample
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss, total_weight
+from luthier.train.engine.objectives.objective import OnProgress, Part, PartLoss, total_weight
 
 
 @dataclass
@@ -29,17 +30,21 @@ class Labelled:
     ) -> None:
         """Nothing stays the same here."""
 
-    def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> Iterator[PartLoss]:
-        """Yield one part per batch of similar lengths (encoders) or row (decoders)."""
+    def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> list[Part]:
+        """Return one part per batch of similar lengths (encoders) or row (decoders)."""
         total = total_weight(unit.weight for unit in units)
-        for indices, outputs_NC in self.model.outputs(units, self.tokens_per_row):
-            labels_N = torch.tensor([units[index].label for index in indices], device=outputs_NC.device)
-            weights_N = torch.tensor([units[index].weight for index in indices], device=outputs_NC.device)
-            if self.method == "classification":
-                losses_N = cross_entropy(outputs_NC, labels_N.long(), reduction="none")
-                sums = {"accuracy": (float((outputs_NC.argmax(-1) == labels_N).sum()), float(len(indices)))}
-            else:
-                errors_N = outputs_NC[:, 0] - labels_N
-                losses_N = errors_N.square()
-                sums = {"mean_absolute_error": (float(errors_N.detach().abs().sum()), float(len(indices)))}
-            yield PartLoss((losses_N * weights_N).sum() / total, sums)
+        batches = self.model.batches(units, self.tokens_per_row)
+        return [partial(self._part, [units[index] for index in indices], ask, total) for indices, ask in batches]
+
+    def _part(self, units: Sequence[TokenizedExample], ask: Callable[[], torch.Tensor], total: float) -> PartLoss:
+        outputs_NC = ask()
+        labels_N = torch.tensor([unit.label for unit in units], device=outputs_NC.device)
+        weights_N = torch.tensor([unit.weight for unit in units], device=outputs_NC.device)
+        if self.method == "classification":
+            losses_N = cross_entropy(outputs_NC, labels_N.long(), reduction="none")
+            sums = {"accuracy": (float((outputs_NC.argmax(-1) == labels_N).sum()), float(len(units)))}
+        else:
+            errors_N = outputs_NC[:, 0] - labels_N
+            losses_N = errors_N.square()
+            sums = {"mean_absolute_error": (float(errors_N.detach().abs().sum()), float(len(units)))}
+        return PartLoss((losses_N * weights_N).sum() / total, sums)

@@ -1,13 +1,14 @@
 """The socket of a training method: units (examples, pairs) in, the loss of their batch out, in parts that fit memory.
 
-A batch's loss is a weighted mean over its units. An objective yields it in parts that add up to it exactly, each with
-its own graph, so that the loop can go backward through one before the next is computed: gradients accumulate to those
-of the whole batch, however it was cut.
+A batch's loss is a weighted mean over its units. An objective gives it in parts that add up to it exactly, each a
+function that computes it with a graph of its own: the loop calls one, goes backward through it, and calls the next, or
+calls several at once (:mod:`luthier.train.engine.lanes`). Gradients add up to those of the whole batch, however it was
+cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -30,14 +31,18 @@ class PartLoss:
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
+Part = Callable[[], PartLoss]
+"""Computes a part of a batch's loss. Parts know nothing of each other, and may be called at the same time."""
+
+
 class Objective(Protocol[U]):
     """One training method over a model that it was made with."""
 
     def prepare(self, units: Iterable[U], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Compute what stays the same during training, once, before its first step; ``folder`` keeps it."""
 
-    def losses(self, units: Sequence[U], *, training: bool) -> Iterator[PartLoss]:
-        """Yield the parts of a batch's loss. The caller goes backward through each before it asks for the next."""
+    def losses(self, units: Sequence[U], *, training: bool) -> list[Part]:
+        """Return the parts of a batch's loss."""
 
 
 def tokens_of(unit: Unit) -> int:

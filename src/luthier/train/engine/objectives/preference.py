@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from luthier.llm.engine.row_model import RowModel
 from luthier.llm.rows import Row, pack_groups
 from luthier.records.objectives import DpoOptions, OrpoOptions, RewardOptions
 from luthier.templates.renderer import TokenizedExample, TokenizedPair
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss, sum_by_owner, total_weight
+from luthier.train.engine.objectives.objective import OnProgress, Part, PartLoss, sum_by_owner, total_weight
 from luthier.train.engine.objectives.reference import load_or_compute
 
 CERTAIN = 1e-7  # an answer whose tokens are likelier than exp of minus this has finite odds all the same
@@ -27,10 +28,10 @@ class _PairRow:
     pairs: list[int]
 
 
-def _rows(units: Sequence[TokenizedPair], tokens_per_row: int) -> list[_PairRow]:
+def _rows(units: Sequence[TokenizedPair], tokens_per_row: int, lanes: int) -> list[_PairRow]:
     sides = both_sides(units)
     groups = [(2 * index, 2 * index + 1) for index in range(len(units))]
-    rows = pack_groups(sides, groups, tokens_per_row)
+    rows = pack_groups(sides, groups, tokens_per_row, lanes)
     return [_PairRow(row, [index // 2 for index in row.examples[::2]]) for row in rows]
 
 
@@ -79,6 +80,7 @@ class Dpo:
     model: RowModel
     options: DpoOptions
     tokens_per_row: int
+    lanes: int = 1
     _reference: dict[str, float] = field(default_factory=dict)
 
     def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
@@ -91,16 +93,18 @@ class Dpo:
             self._reference[f"{unit.example_id}/chosen"] = float(found[2 * index])
             self._reference[f"{unit.example_id}/rejected"] = float(found[2 * index + 1])
 
-    def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:
-        """Yield one part per row of pairs."""
+    def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:
+        """Return one part per row of pairs."""
         total = total_weight(unit.weight for unit in units)
-        for part in _rows(units, self.tokens_per_row):
-            chosen_P, rejected_P = _summed(self.model, part.row)
-            chosen_P = chosen_P - self._of(units, part, "chosen", chosen_P.device)
-            rejected_P = rejected_P - self._of(units, part, "rejected", rejected_P.device)
-            losses_P = self._losses(chosen_P, rejected_P, part.row)
-            loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total
-            yield PartLoss(loss, _reward_sums(self.options.beta * chosen_P, self.options.beta * rejected_P))
+        return [partial(self._part, units, part, total) for part in _rows(units, self.tokens_per_row, self.lanes)]
+
+    def _part(self, units: Sequence[TokenizedPair], part: _PairRow, total: float) -> PartLoss:
+        chosen_P, rejected_P = _summed(self.model, part.row)
+        chosen_P = chosen_P - self._of(units, part, "chosen", chosen_P.device)
+        rejected_P = rejected_P - self._of(units, part, "rejected", rejected_P.device)
+        losses_P = self._losses(chosen_P, rejected_P, part.row)
+        loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total
+        return PartLoss(loss, _reward_sums(self.options.beta * chosen_P, self.options.beta * rejected_P))
 
     def _losses(self, chosen_P: torch.Tensor, rejected_P: torch.Tensor, row: Row) -> torch.Tensor:
         beta, smoothing = self.options.beta, self.options.label_smoothing
@@ -126,28 +130,34 @@ class Orpo:
     model: RowModel
     options: OrpoOptions
     tokens_per_row: int
+    lanes: int = 1
 
     def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
 
-    def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:
-        """Yield one part per row of pairs."""
+    def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:
+        """Return one part per row of pairs."""
         learned = [self._with_prompt(unit) for unit in units] if self.options.learn_prompt else list(units)
         chosen_tokens = total_weight(sum(unit.chosen.loss_mask[1:]) * unit.weight for unit in learned)
         total = total_weight(unit.weight for unit in units)
-        for part in _rows(learned, self.tokens_per_row):
-            found = self.model.targets(part.row)
-            device = found.logprobs_M.device
-            weights_P = _weights(units, part.pairs, device)
-            answers_M = self._is_answer(units, part, device)
-            chosen_P = sum_by_owner(found.logprobs_M, part.row.owners, len(part.row.examples))[::2]
-            means_N = sum_by_owner(found.logprobs_M * answers_M, part.row.owners, len(part.row.examples))
-            means_N = means_N / sum_by_owner(answers_M, part.row.owners, len(part.row.examples))
-            odds_N = log_odds(means_N)
-            ratio_P = logsigmoid(odds_N[::2] - odds_N[1::2])
-            loss = -(weights_P * chosen_P).sum() / chosen_tokens
-            loss = loss - self.options.beta * (weights_P * ratio_P).sum() / total
-            yield PartLoss(loss, _reward_sums(self.options.beta * means_N[::2], self.options.beta * means_N[1::2]))
+        return [
+            partial(self._part, units, part, chosen_tokens, total)
+            for part in _rows(learned, self.tokens_per_row, self.lanes)
+        ]
+
+    def _part(self, units: Sequence[TokenizedPair], part: _PairRow, chosen_tokens: float, total: float) -> PartLoss:
+        found = self.model.targets(part.row)
+        device = found.logprobs_M.device
+        weights_P = _weights(units, part.pairs, device)
+        answers_M = self._is_answer(units, part, device)
+        chosen_P = sum_by_owner(found.logprobs_M, part.row.owners, len(part.row.examples))[::2]
+        means_N = sum_by_owner(found.logprobs_M * answers_M, part.row.owners, len(part.row.examples))
+        means_N = means_N / sum_by_owner(answers_M, part.row.owners, len(part.row.examples))
+        odds_N = log_odds(means_N)
+        ratio_P = logsigmoid(odds_N[::2] - odds_N[1::2])
+        loss = -(weights_P * chosen_P).sum() / chosen_tokens
+        loss = loss - self.options.beta * (weights_P * ratio_P).sum() / total
+        return PartLoss(loss, _reward_sums(self.options.beta * means_N[::2], self.options.beta * means_N[1::2]))
 
     def _with_prompt(self, unit: TokenizedPair) -> TokenizedPair:
         chosen = unit.chosen
@@ -183,18 +193,21 @@ class Reward:
     model: RowModel
     options: RewardOptions
     tokens_per_row: int
+    lanes: int = 1
 
     def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
 
-    def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> Iterator[PartLoss]:
-        """Yield one part per row of pairs."""
+    def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:
+        """Return one part per row of pairs."""
         total = total_weight(unit.weight for unit in units)
-        for part in _rows(units, self.tokens_per_row):
-            scores_N = self.model.row_outputs(part.row)[:, 0]
-            chosen_P, rejected_P = scores_N[::2], scores_N[1::2]
-            margins_P = torch.tensor([units[index].margin for index in part.pairs], device=scores_N.device)
-            losses_P = -logsigmoid(chosen_P - rejected_P - margins_P)
-            losses_P = losses_P + self.options.centre * (chosen_P + rejected_P).square()
-            loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total
-            yield PartLoss(loss, _reward_sums(chosen_P, rejected_P))
+        return [partial(self._part, units, part, total) for part in _rows(units, self.tokens_per_row, self.lanes)]
+
+    def _part(self, units: Sequence[TokenizedPair], part: _PairRow, total: float) -> PartLoss:
+        scores_N = self.model.row_outputs(part.row)[:, 0]
+        chosen_P, rejected_P = scores_N[::2], scores_N[1::2]
+        margins_P = torch.tensor([units[index].margin for index in part.pairs], device=scores_N.device)
+        losses_P = -logsigmoid(chosen_P - rejected_P - margins_P)
+        losses_P = losses_P + self.options.centre * (chosen_P + rejected_P).square()
+        loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total
+        return PartLoss(loss, _reward_sums(chosen_P, rejected_P))

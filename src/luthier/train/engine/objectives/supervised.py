@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from luthier.llm.engine.row_model import RowModel
+from luthier.llm.engine.row_model import Noise, RowModel
 from luthier.llm.rows import Row, pack
 from luthier.records.objectives import SupervisedOptions
 from luthier.templates.renderer import TokenizedExample
 from luthier.train.engine.noise import example_lengths, neftune
-from luthier.train.engine.objectives.objective import OnProgress, PartLoss, total_weight
+from luthier.train.engine.objectives.objective import OnProgress, Part, PartLoss, total_weight
 
 
 @dataclass
@@ -28,26 +29,27 @@ class Supervised:
     options: SupervisedOptions
     prefix: int
     tokens_per_row: int
+    lanes: int = 1
 
     def prepare(
         self, units: Iterable[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
     ) -> None:
         """Nothing stays the same here."""
 
-    def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> Iterator[PartLoss]:
-        """Yield one part per row."""
-        rows = pack(units, self.prefix, self.tokens_per_row)
+    def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> list[Part]:
+        """Return one part per row."""
+        rows = pack(units, self.prefix, self.tokens_per_row, self.lanes)
         total = total_weight(weight for row in rows for weight in row.weights)
         noise = self._noise if training and self.options.neftune_alpha else None
         smoothing = self.options.label_smoothing if training else 0.0
-        for row in rows:
-            if not row.targets:
-                continue
-            found = self.model.targets(row, smoothing, noise)
-            weights_M = torch.tensor(row.weights, device=found.logprobs_M.device)
-            right = int((found.chosen_M.cpu() == torch.tensor([token for _, token in row.targets])).sum())
-            loss = -(found.logprobs_M * weights_M).sum() / total
-            yield PartLoss(loss, {"token_accuracy": (right, len(row.targets))})
+        return [partial(self._part, row, total, smoothing, noise) for row in rows if row.targets]
+
+    def _part(self, row: Row, total: float, smoothing: float, noise: Noise | None) -> PartLoss:
+        found = self.model.targets(row, smoothing, noise)
+        weights_M = torch.tensor(row.weights, device=found.logprobs_M.device)
+        right = int((found.chosen_M.cpu() == torch.tensor([token for _, token in row.targets])).sum())
+        loss = -(found.logprobs_M * weights_M).sum() / total
+        return PartLoss(loss, {"token_accuracy": (right, len(row.targets))})
 
     def _noise(self, embedded_TE: torch.Tensor, row: Row) -> torch.Tensor:
         return neftune(embedded_TE, self.options.neftune_alpha, example_lengths(row.groups))
