@@ -19,6 +19,7 @@ from luthier.jobs.worker import work
 from luthier.records.fine_tuning import JobRequest, TrainingFiles
 from luthier.records.run import Run
 from luthier.records.training import StepMetrics, TrainingConfig
+from luthier.serve.api_error import ApiError
 from luthier.store.store import Store
 from luthier.workflows.checkpoints import checkpoint_folder, keep_checkpoint
 from luthier.workflows.files import add_file, file_path
@@ -130,15 +131,33 @@ def job(store: Store, **values: Any) -> Run:
     return create_job(store, "default", JobRequest.model_validate({"model": "tiny-base", **values}))
 
 
-def test_a_job_whose_rows_are_wrong_fails_and_says_which_file(store: Store) -> None:
-    good, bad = upload(store, chats()), upload(store, [chats(1)[0], {"messages": []}])
+def pairs(count: int = 12) -> list[dict[str, Any]]:
+    """Return pairs of answers, which are right in themselves and not what method supervised learns from."""
+    answers = ("preferred_output", "non_preferred_output")
+    return [
+        {"input": {"messages": chat["messages"][:1]}}
+        | {name: [{"role": "assistant", "content": f"{name} {index}"}] for name in answers}
+        for index, chat in enumerate(chats(count))
+    ]
+
+
+def test_a_job_whose_rows_do_not_suit_its_method_fails_and_says_which_file(store: Store) -> None:
+    good, bad = upload(store, chats()), upload(store, pairs())
     for files, param in (((bad, None), "training_file"), ((good, bad), "validation_file")):
         run = job(store, training_file=files[0], validation_file=files[1])
         work(store, run.id)
         shown = job_object(store, store.runs.get(run.id))
         assert (shown["status"], shown["error"]["param"]) == ("failed", param)
         assert shown["error"]["code"] == f"invalid_{param}"
-        assert "line 2: messages must be an array" in shown["error"]["message"]
+        assert "line 1: is a pair of answers" in shown["error"]["message"]
+
+
+def test_a_file_that_was_found_wrong_on_arrival_makes_no_job(store: Store) -> None:
+    good, bad = upload(store, chats()), upload(store, [chats(1)[0], {"messages": []}])
+    for files, param in (((bad, None), "training_file"), ((good, bad), "validation_file")):
+        with pytest.raises(ApiError, match="line 2: messages must be an array") as caught:
+            job(store, training_file=files[0], validation_file=files[1])
+        assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, "invalid_file")
 
 
 def test_a_killed_worker_goes_on_and_leaves_one_dataset_one_file_and_the_last_epochs(store: Store) -> None:

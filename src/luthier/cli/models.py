@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from luthier.cli.present import Json, console, moment, open_store, show_json, show_table, size
-from luthier.records.access import DEFAULT_PROJECT
+from luthier.records.scopes import DEFAULT_PROJECT
 
 if TYPE_CHECKING:
     from luthier.records.base_model import BaseModelInfo

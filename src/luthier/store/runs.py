@@ -95,7 +95,9 @@ class RunStore:
         """
         query = sa.select(runs).where(runs.c.project == project, runs.c.kind.in_(kinds))
         if after is not None:
-            last = self.get(after, project=project).created_at.timestamp()
+            self.get(after, project=project)
+            # Compared in the database: a datetime has fewer digits than the column.
+            last = sa.select(runs.c.created_at).where(runs.c.id == after).scalar_subquery()
             earlier = (runs.c.created_at == last) & (runs.c.id > after)
             query = query.where((runs.c.created_at < last) | earlier)
         wanted = (metadata or {}).items()
@@ -201,8 +203,6 @@ class RunStore:
             if row["status"] == "queued" or row["lease_until"] < time.time() or is_dead(row["owner"])
         ]
 
-    def request(self, run_id: str, request: RunRequest) -> Run:
-        """Ask a run to pause or cancel: at once where nothing runs it, else at its next safe point.
     def unfinished(self) -> dict[tuple[str, str], int]:
         """Return how many runs of each kind and status there are that have not ended."""
         query = sa.select(runs.c.kind, runs.c.status, sa.func.count()).where(runs.c.status.not_in(FINISHED))
@@ -210,6 +210,8 @@ class RunStore:
             rows = connection.execute(query.group_by(runs.c.kind, runs.c.status))
             return {(kind, status): number for kind, status, number in rows}
 
+    def request(self, run_id: str, request: RunRequest) -> Run:
+        """Ask a run to pause or cancel: at once where nothing runs it, else at its next safe point.
 
         Raises:
             NotFoundError: there is none of that id.
