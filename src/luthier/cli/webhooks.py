@@ -47,11 +47,8 @@ def list_all(project: str = Project, as_json: bool = Json) -> None:
     if as_json:
         show_json(endpoints)
         return
-    rows = [
-        (one.id, one.name, one.url, "\n".join(one.event_types), f"…{one.secret_hint}", one.disabled or "")
-        for one in endpoints
-    ]
-    show_table(None, ("endpoint", "name", "address", "events", "secret", "disabled"), rows)
+    rows = [(one.id, f"{one.name}\n{one.url}", "\n".join(one.event_types), one.disabled or "") for one in endpoints]
+    show_table(None, ("endpoint", "name, address", "events", "disabled"), rows)
 
 
 @app.command()
@@ -70,7 +67,6 @@ def deliveries(
         return
     rows = [
         (
-            one.event,
             one.type,
             one.subject,
             one.status,
@@ -80,7 +76,7 @@ def deliveries(
         )
         for one in page.items
     ]
-    show_table(None, ("event", "type", "of", "status", "#attempts", "answer", "next attempt"), rows)
+    show_table(None, ("event", "of", "status", "#attempts", "answer", "next attempt"), rows)
 
 
 @app.command("test")
