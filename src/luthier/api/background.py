@@ -17,6 +17,7 @@ from luthier.jobs.supervise import Supervisor
 from luthier.store.store import Store
 from luthier.workflows.deliveries import expire_deliveries
 from luthier.workflows.files import expire_files
+from luthier.workflows.responses import expire_responses
 from luthier.workflows.uploads import expire_uploads
 
 Background = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
@@ -24,6 +25,7 @@ HOUSEKEEPING: tuple[Callable[[Store], None], ...] = (
     expire_files,
     expire_uploads,
     expire_deliveries,
+    expire_responses,
     lambda store: store.artifacts.clear_stale_staging(),
 )
 HOUSEKEEPING_SECONDS = 300.0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from luthier.records.file import StoredFile
 from luthier.records.fine_tuning import Checkpoint, CheckpointPermission, SharedModel
+from luthier.records.response import StoredResponse
 from luthier.records.stored_completion import StoredCompletion
 from luthier.records.upload import Upload, UploadPart
 from luthier.store.artifacts import Artifacts
@@ -48,6 +49,7 @@ class Store:
         self.permissions = Collection(self.database, "permission", CheckpointPermission)
         self.shared_models = Collection(self.database, "shared model", SharedModel)
         self.completions = Collection(self.database, "stored completion", StoredCompletion)
+        self.responses = Collection(self.database, "response", StoredResponse)
 
     def run_folder(self, run_id: str) -> Path:
         """Return the folder of a run's own files (log, checkpoints, TensorBoard events); made when missing."""

@@ -3,6 +3,16 @@
 A route parses, makes one call into ``workflows`` or ``serve``, and presents the result.
 """
 
-from luthier.api.routes import chat, files, fine_tuning, models, uploads, webhooks
+from luthier.api.routes import chat, completions, embeddings, files, fine_tuning, models, responses, uploads, webhooks
 
-ROUTERS = (chat.router, files.router, uploads.router, fine_tuning.router, webhooks.router, models.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    embeddings.router,
+    responses.router,
+    files.router,
+    uploads.router,
+    fine_tuning.router,
+    webhooks.router,
+    models.router,
+)

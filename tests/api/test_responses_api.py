@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from luthier.llm.engine_process import EngineOptions
+from luthier.records.response import StoredResponse
+from luthier.serve.pool import ModelPool, ServedModelInfo
+from luthier.workflows.responses import LIFETIME_SECONDS, expire_responses
+from tests.api.conftest import Live
+
+NAME = "ft:tiny:acme:writer:abc123"
+GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_output_tokens": 8}
+LONG = 1900
+TOOL = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+
+
+def exact_pool(folder: Path) -> ModelPool:
+    """A pool of one model, whose answers do not depend on what else is in the batch."""
+    options = EngineOptions(precision="float32")
+    return ModelPool(lambda *_: folder, lambda _: [ServedModelInfo(NAME, created=1)], options=options)
+
+
+@pytest.fixture(scope="module")
+def live(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    live = Live(tmp_path_factory.mktemp("responses") / "home", exact_pool(endless_model))
+    yield live
+    live.close()
+
+
+def chat_text(live: Live, *turns: tuple[str, str]) -> str:
+    messages: list[Any] = [{"role": role, "content": content} for role, content in turns]
+    options: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 8, "messages": messages}
+    return str(live.client().chat.completions.create(**options).choices[0].message.content)
+
+
+def ask(live: Live, **body: Any) -> httpx.Response:
+    return httpx.post(f"{live.url}/v1/responses", json=GREEDY | {"input": "hello"} | body, timeout=60)
+
+
+def test_the_openai_client_gets_the_text_that_a_chat_would_give(live: Live) -> None:
+    response = live.client().responses.create(**GREEDY, input="hello", metadata={"a": "b"}, user="me")
+    assert response.object == "response"
+    assert response.output_text == chat_text(live, ("user", "hello"))
+    assert response.output_text
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.output[0].status == "incomplete"
+    assert (response.metadata, response.model, response.user) == ({"a": "b"}, NAME, "me")
+    assert response.usage.output_tokens == 8
+    assert response.usage.total_tokens == response.usage.input_tokens + 8
+    counted = live.client().responses.input_tokens.count(model=NAME, input="hello")
+    assert counted.input_tokens == response.usage.input_tokens
+
+
+def test_instructions_and_items_are_the_turns_of_a_chat(live: Live) -> None:
+    items = [
+        {"role": "developer", "content": "be short"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "yes", "annotations": []}],
+        },
+        {"role": "user", "content": "order"},
+    ]
+    response = live.client().responses.create(**GREEDY, instructions="be kind", input=items)  # type: ignore[call-overload]
+    turns = [("system", "be kind"), ("system", "be short"), ("user", "hello"), ("assistant", "yes"), ("user", "order")]
+    assert response.output_text == chat_text(live, *turns)
+    assert response.instructions == "be kind"
+
+
+def test_a_stream_has_openais_events_in_their_order(live: Live) -> None:
+    whole = live.client().responses.create(**GREEDY, input="hello")
+    events = list(live.client().responses.create(**GREEDY, input="hello", stream=True))
+    types = [event.type for event in events]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert types == [
+        *("response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"),
+        *["response.output_text.delta"] * len(deltas),
+        *("response.output_text.done", "response.content_part.done", "response.output_item.done"),
+        "response.incomplete",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in deltas) == events[-4].text == whole.output_text
+    final = events[-1].response
+    assert final.output_text == whole.output_text
+    assert final.usage == whole.usage
+    assert {event.item_id for event in deltas} == {final.output[0].id}
+    assert live.client().responses.retrieve(final.id).output_text == whole.output_text
+
+
+def test_the_clients_own_stream_helper_puts_the_response_together(live: Live) -> None:
+    whole = live.client().responses.create(**GREEDY, input="hello")
+    with live.client().responses.stream(**GREEDY, input="hello") as stream:
+        events = list(stream)
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == whole.output_text
+
+
+def test_each_event_is_named(live: Live) -> None:
+    text = ask(live, stream=True).text
+    blocks = [block.split("\n") for block in text.removesuffix("\n\n").split("\n\n")]
+    for name, data in blocks:
+        assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
+
+
+def test_logprobs_are_told_where_they_are_included(live: Live) -> None:
+    options = {"input": "hello", "include": ["message.output_text.logprobs"]}
+    part = live.client().responses.create(**GREEDY | options).output[0].content[0]
+    assert len(part.logprobs) == 8
+    assert all(entry.logprob < 0 for entry in part.logprobs)
+    events = list(live.client().responses.create(**GREEDY | options, stream=True))
+    told = [entry.token for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+    assert told == [entry.token for entry in part.logprobs]
+
+
+def test_a_conversation_goes_on_from_a_response_also_after_a_restart(live: Live, endless_model: Path) -> None:
+    first = live.client().responses.create(**GREEDY, input="hello", instructions="be kind")
+    second = live.client().responses.create(**GREEDY, input="order", previous_response_id=first.id)
+    turns = [("user", "hello"), ("assistant", first.output_text), ("user", "order")]
+    assert second.output_text == chat_text(live, *turns)  # without the first one's instructions
+    restarted = Live(live.store.home, exact_pool(endless_model))
+    try:
+        client = restarted.client()
+        third = client.responses.create(**GREEDY, input="thank you", previous_response_id=second.id)
+        assert third.previous_response_id == second.id
+        turns += [("assistant", second.output_text), ("user", "thank you")]
+        assert third.output_text == chat_text(live, *turns)
+        items = list(client.responses.input_items.list(third.id, order="asc", limit=2))
+    finally:
+        restarted.close()
+    assert [(item.role, item.content[0].text) for item in items] == turns
+    newest = live.client().responses.input_items.list(third.id, limit=1)
+    assert newest.data[0].content[0].text == "thank you"
+    assert newest.has_more
+
+
+def test_a_kept_response_can_be_read_and_deleted_and_others_go_on_without_it(live: Live) -> None:
+    client = live.client()
+    first = client.responses.create(**GREEDY, input="hello")
+    second = client.responses.create(**GREEDY, input="order", previous_response_id=first.id)
+    assert client.responses.retrieve(first.id) == first
+    client.responses.delete(first.id)
+    for gone in (lambda: client.responses.retrieve(first.id), lambda: client.responses.delete(first.id)):
+        with pytest.raises(openai.NotFoundError):
+            gone()
+    assert len(list(client.responses.input_items.list(second.id))) == 3
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**GREEDY, input="order", previous_response_id=first.id)
+    assert (caught.value.code, caught.value.param) == ("previous_response_not_found", "previous_response_id")
+    with pytest.raises(openai.BadRequestError, match="is finished"):
+        client.responses.cancel(second.id)
+
+
+def test_what_is_not_to_be_stored_is_not(live: Live) -> None:
+    client = live.client()
+    whole = client.responses.create(**GREEDY, input="hello", store=False)
+    *_, last = client.responses.create(**GREEDY, input="hello", store=False, stream=True)
+    for id in (whole.id, last.response.id):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(id)
+
+
+def test_a_response_expires_after_thirty_days(live: Live) -> None:
+    client = live.client()
+    kept = client.responses.create(**GREEDY, input="hello")
+    old = client.responses.create(**GREEDY, input="hello")
+
+    def age(stored: StoredResponse) -> StoredResponse:
+        return stored.model_copy(update={"expires_at": stored.expires_at - LIFETIME_SECONDS})
+
+    live.store.responses.change("default", old.id, age)
+    with pytest.raises(openai.NotFoundError, match="expired"):
+        client.responses.retrieve(old.id)
+    expire_responses(live.store)
+    assert old.id not in {stored.id for stored in live.store.responses.all("default")}
+    assert client.responses.retrieve(kept.id).id == kept.id
+
+
+@pytest.mark.parametrize(
+    ("option", "param"),
+    [
+        ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "name": "no spaces"}]}, "tools[0].name"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"stop": ["a"]}, "stop"),
+        ({"messages": []}, None),
+        ({"messages": [{"role": "user", "content": "hello"}]}, "messages"),
+        ({"temperature": 3}, "temperature"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"input": []}, "input"),
+        ({"input": None}, "input"),
+        ({"input": [{"role": "robot", "content": "hello"}]}, "input[0].role"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
+        ({"input": "0 1 2 3 " * 2000}, "input"),
+        ({"previous_response_id": "resp_none"}, "previous_response_id"),
+    ],
+)
+def test_what_cannot_be_honoured_is_a_bad_request_that_names_it(
+    live: Live, option: dict[str, Any], param: str | None
+) -> None:
+    response = ask(live, **option)
+    assert response.status_code == (200 if param is None else 400), response.text
+    if param is not None:
+        assert response.json()["error"]["param"] == param
+
+
+def test_options_that_change_nothing_are_tolerated(live: Live) -> None:
+    harmless = {
+        "background": False,
+        "truncation": "disabled",
+        "reasoning": {"effort": None},
+        "text": {"format": {"type": "text"}},
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "include": [],
+        "stream_options": {"include_obfuscation": True},
+        "service_tier": "auto",
+        "prompt_cache_key": "a",
+        "safety_identifier": "b",
+        "never_heard_of": 1,
+    }
+    assert ask(live, **harmless).json()["output"][0]["content"] == ask(live).json()["output"][0]["content"]
+
+
+def assert_engine_is_free(live: Live) -> None:
+    """See that a full-length answer is the only one that the engine works on."""
+    (loaded,) = live.service.pool.loaded
+    live.client().responses.create(**GREEDY | {"max_output_tokens": LONG}, input="hello")
+    assert loaded.engine.in_flight == 0
+
+
+def test_a_client_that_leaves_frees_the_engine_and_nothing_is_kept(live: Live) -> None:
+    before = len(list(live.store.responses.all("default")))
+    body = GREEDY | {"max_output_tokens": LONG, "input": "hello"}
+    stream = live.client().responses.create(**body, stream=True)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{live.url}/v1/responses", json=body, timeout=httpx.Timeout(10, read=0.2))
+    assert_engine_is_free(live)
+    assert len(list(live.store.responses.all("default"))) == before + 1
+
+
+def test_a_killed_engine_ends_the_stream_with_a_failure(live: Live) -> None:
+    stream = live.client().responses.create(**GREEDY | {"max_output_tokens": LONG}, input="hello", stream=True)
+    events = iter(stream)
+    first = next(events)
+    next(events)
+    (loaded,) = live.service.pool.loaded
+    os.kill(loaded.engine.pid, signal.SIGKILL)
+    *_, last = events
+    assert last.type == "response.failed"
+    assert last.response.error.code == "server_error"
+    assert "died" in last.response.error.message
+    with pytest.raises(openai.NotFoundError):
+        live.client().responses.retrieve(first.response.id)
