@@ -1,9 +1,9 @@
 """Every training method on real data, once: `python benchmarks/methods.py --data FOLDER [--only NAME,…] [--json FILE]`.
 
-`FOLDER` has public data sets, each in a folder of its own (docs/measurements.md names them and their origins):
-pandalm_human_prefs, medquad, banking77, vader_tweets, legal_federal_opinions. A method's examples are drawn with seed
-0, imported and trained on in a run as a user starts one. Its figures come from that run: from the validation side at the
-first and at the best step, and from the test side once, with the weights of the best step.
+`FOLDER` has public data sets, each in a folder of its own: pandalm_human_prefs, medquad, banking77, vader_tweets,
+legal_federal_opinions (docs/measurements.md names their origins). A method's examples are drawn with seed 0, imported
+and trained on in a run as a user starts one. Its figures come from that run: from the validation side at the first and
+at the best step, and from the test side once, with the weights of the best step.
 """
 
 from __future__ import annotations
