@@ -80,7 +80,8 @@ async def _read(receive: Receive) -> bytes:
     more = True
     while more:
         try:
-            message = await asyncio.wait_for(receive(), CHUNK_SECONDS)
+            async with asyncio.timeout(CHUNK_SECONDS):  # wait_for may swallow a cancellation in Python 3.11
+                message = await receive()
         except TimeoutError:
             raise ApiError(408, f"The body did not go on for {CHUNK_SECONDS:g} seconds.") from None
         chunks.append(message.get("body", b""))

@@ -12,8 +12,9 @@ from luthier.api.loopback import call
 from luthier.api.service import Service
 from luthier.jobs.resident import Executor, Residents
 from luthier.records.run import RunKind
+from luthier.workflows.batch_execution import execute_batch
 
-EXECUTORS: Mapping[RunKind, Executor] = {}
+EXECUTORS: Mapping[RunKind, Executor] = {"batch": execute_batch}
 
 
 @asynccontextmanager

@@ -91,8 +91,13 @@ def pause(run_id: str) -> None:
 @app.command()
 def resume(run_id: str, as_json: bool = Json) -> None:
     """Go on with a run that was paused, stopped, killed or failed, from its last checkpoint."""
+    from luthier.jobs.worker import WORKFLOWS
+
     store = open_store()
-    store.runs.requeue(run_id)
+    queued = store.runs.requeue(run_id)
+    if queued.kind not in WORKFLOWS:
+        typer.echo(f"{run_id} is back in the queue; `luthier up` goes on with it.")
+        return
     run = follow_run(store, run_id, quiet=as_json)
     if as_json:
         show_json(run)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from luthier.ingest.readers import read_rows
 from luthier.ingest.training_rows import read_training_rows
+from luthier.records.batch import BATCH_ENDPOINTS
 from luthier.records.dataset import BadRow, SourceFormat
 from luthier.records.example import Example
 from luthier.records.file import FilePurpose
 
-BATCH_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 PROBLEMS_SHOWN = 20
 MAX_CUSTOM_ID = 512
 

@@ -16,7 +16,7 @@ from typing import Any
 from luthier.errors import ConflictError, LuthierError
 from luthier.jobs.ending import end_with_error
 from luthier.jobs.launch import log_path
-from luthier.jobs.resident_context import ResidentContext, Send
+from luthier.jobs.resident_context import ResidentContext, Send, end_tasks
 from luthier.jobs.worker import LEASE_SECONDS, is_dead, this_owner
 from luthier.records.run import Run, RunKind
 from luthier.store.artifacts import full_disk_is_an_error
@@ -81,8 +81,7 @@ class Residents:
         self._leaving.set()
         if self._watching is not None:
             await self._watching
-        for work in self._works.values():
-            work.cancel()
+        await end_tasks(*self._works.values())
         await asyncio.gather(*self._holds.values(), return_exceptions=True)
 
     async def _watch(self) -> None:

@@ -17,6 +17,7 @@ from luthier.store.store import Store
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 30.0
 ENGINE_TRIES = 8
+CANCEL_AGAIN_SECONDS = 1.0
 Result = TypeVar("Result")
 
 
@@ -113,12 +114,23 @@ class ResidentContext:
                 self.stop_if_asked()
             return await working
         finally:
-            asked.cancel()
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)  # what it holds is free before anybody goes on
+            await end_tasks(asked, working)
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, and wait until they are over: what they hold is free before anybody goes on.
+
+    They are cancelled again where something swallows that, as ``asyncio.wait_for`` may in Python 3.11.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _pause_seconds(answer: Answer, tries: int) -> float:
     """Return a time that doubles with every try, at least what the service asked for, and never the same for many."""
-    doubled = min(FIRST_PAUSE_SECONDS * 2 ** (tries - 1), LONGEST_PAUSE_SECONDS)
+    doubled = min(FIRST_PAUSE_SECONDS * 2.0 ** (tries - 1), LONGEST_PAUSE_SECONDS)
     return max(doubled, answer.retry_after_seconds or 0.0) * random.uniform(0.75, 1.25)  # noqa: S311 - not a secret

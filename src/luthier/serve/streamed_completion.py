@@ -32,7 +32,7 @@ class StreamedCompletion:
 
 
 def _choice(index: int) -> Dict:
-    message = {"role": "assistant", "content": None, "refusal": None, "annotations": []}
+    message: Dict = {"role": "assistant", "content": None, "refusal": None, "annotations": []}
     return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
 
 

@@ -11,13 +11,14 @@ from luthier.errors import InputError, NotFoundError
 from luthier.ingest.uploaded import problems_of
 from luthier.records.file import FilePurpose, StoredFile
 from luthier.records.stored import Page, new_id, now
+from luthier.serve.api_error import ApiError
 from luthier.store.collection import Order
 from luthier.store.store import Store
 
 CONTENT = "content"
 MAX_NAME = 255
-
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f]")
+
 
 def add_file(
     store: Store,
@@ -49,9 +50,9 @@ def add_file(
     """
     if not filename or len(filename) > MAX_NAME:
         raise InputError(f"A file name has 1 to {MAX_NAME} letters; this one has {len(filename)}.")
-    id = id or new_id("file-")
     if CONTROL_CHARACTER.search(filename):
         raise InputError(f"The file name {filename!r} has control characters in it.")
+    id = id or new_id("file-")
     with store.artifacts.new(_key(id)) as folder, (folder / CONTENT).open("wb") as target:
         shutil.copyfileobj(source, target)
         size = target.tell()
@@ -82,6 +83,22 @@ def get_file(store: Store, project: str, id: str) -> StoredFile:
     file = store.files.get(project, id)
     if file.expires_at is not None and file.expires_at <= now():
         raise NotFoundError(f"The file {id!r} has expired.")
+    return file
+
+
+def file_for(store: Store, project: str, id: str, purpose: FilePurpose, param: str) -> StoredFile:
+    """Return the file that a request names in the field ``param``, where it has a purpose.
+
+    Raises:
+        ApiError: 404 where the project has no such file, 400 where it has another purpose; both name the field.
+    """
+    try:
+        file = get_file(store, project, id)
+    except NotFoundError as error:
+        raise ApiError(404, str(error), param=param, code="file_not_found") from error
+    if file.purpose != purpose:
+        message = f"The file {id!r} ({file.filename}) has the purpose {file.purpose!r}, not {purpose!r}."
+        raise ApiError(400, message, param=param, code="invalid_file")
     return file
 
 
@@ -128,6 +145,11 @@ def delete_file(store: Store, project: str, id: str) -> StoredFile:
     file = store.files.remove(project, id)
     store.artifacts.remove(_key(id))
     return file
+
+
+def remove_remains(store: Store, id: str) -> None:
+    """Delete the bytes of a file that has no record, because its maker was killed."""
+    store.artifacts.remove(_key(id))
 
 
 def _key(id: str) -> str:

@@ -10,12 +10,13 @@ from luthier.jobs.launch import submit
 from luthier.records.fine_tuning import Checkpoint, Hyperparameters, JobRequest, TrainingFiles
 from luthier.records.model import SUFFIX
 from luthier.records.run import Run, RunEvent, RunKind, RunRequest
-from luthier.records.stored import Page, now
+from luthier.records.stored import Page
 from luthier.records.training import AUTO, TrainingConfig
 from luthier.serve.api_error import ApiError, model_not_found
 from luthier.settings import load_settings
 from luthier.store.store import Store
 from luthier.workflows.checkpoints import is_checkpoint
+from luthier.workflows.files import file_for
 from luthier.workflows.fine_tuning import job_id, run_id_of, sequence_of
 from luthier.workflows.material import TrainRequest
 from luthier.workflows.models import decoder, model_named
@@ -153,15 +154,7 @@ def _base(store: Store, project: str, name: str) -> str:
 
 def _check_file(store: Store, project: str, id: str, param: str) -> None:
     """Refuse a file that is not there, not meant for this, or known to be wrong."""
-    try:
-        file = store.files.get(project, id)
-    except NotFoundError as error:
-        raise ApiError(404, str(error), param=param, code="file_not_found") from error
-    if file.expires_at is not None and file.expires_at <= now():
-        raise ApiError(404, f"The file {id!r} has expired.", param=param, code="file_not_found")
-    if file.purpose != "fine-tune":
-        message = f"The file {id!r} ({file.filename}) has the purpose {file.purpose!r}, not 'fine-tune'."
-        raise ApiError(400, message, param=param, code="invalid_file")
+    file = file_for(store, project, id, "fine-tune", param)
     if file.status == "error":
         message = f"The file {id!r} ({file.filename}) cannot be learned from. {file.status_details or ''}".strip()
         raise ApiError(400, message, param=param, code="invalid_file")

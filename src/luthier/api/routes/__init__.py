@@ -3,13 +3,25 @@
 A route parses, makes one call into ``workflows`` or ``serve``, and presents the result.
 """
 
-from luthier.api.routes import chat, completions, embeddings, files, fine_tuning, models, responses, uploads, webhooks
+from luthier.api.routes import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    fine_tuning,
+    models,
+    responses,
+    uploads,
+    webhooks,
+)
 
 ROUTERS = (
     chat.router,
     completions.router,
     embeddings.router,
     responses.router,
+    batches.router,
     files.router,
     uploads.router,
     fine_tuning.router,
