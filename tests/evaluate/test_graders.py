@@ -79,10 +79,12 @@ def test_what_a_template_names_has_to_be_there(source: str, kind: str) -> None:
 
 
 def test_a_template_that_names_anything_else_is_refused() -> None:
-    with pytest.raises(InputError, match=r"names itme; only item\.… and sample\.… are there\. Did you mean .item."):
+    with pytest.raises(InputError, match=r"names itme; only item\.… and sample\.… can be named here\. Did you mean .item."):
         check_template("{{itme.q}}", "input")
     with pytest.raises(InputError, match="not valid handlebars"):
         check_template("{{#if item.q}}", "input")
+    with pytest.raises(InputError, match="names sample; only item"):
+        check_template("a sample. {{sample.output_text}}", "content", ("item",))
     assert item_fields("{{item.a}} {{item.b.c}} {{sample.d}} {{item}}") == {"a", "b"}
 
 

@@ -13,6 +13,7 @@ from luthier.store.artifacts import Artifacts
 from luthier.store.collection import Collection
 from luthier.store.database import Database
 from luthier.store.datasets import DatasetStore
+from luthier.store.evals import EvalStore
 from luthier.store.evaluations import EvaluationStore
 from luthier.store.keys import KeyStore
 from luthier.store.models import ModelStore
@@ -39,6 +40,7 @@ class Store:
         self.models = ModelStore(self.database, self.artifacts)
         self.runs = RunStore(self.database)
         self.evaluations = EvaluationStore(self.database)
+        self.evals = EvalStore(self.database)
         self.keys = KeyStore(self.database)
         self.secret_key = SecretKey(home / "secret.key")
         self.outbox = Outbox(self.database)

@@ -35,8 +35,14 @@ BATCH_EVENTS: dict[str, EventType] = {
     "expired": "batch.expired",
     "cancelled": "batch.cancelled",
 }
+EVAL_EVENTS: dict[str, EventType] = {
+    "succeeded": "eval.run.succeeded",
+    "failed": "eval.run.failed",
+    "cancelled": "eval.run.canceled",
+}
 EVENTS: dict[RunKind, EventOf] = {
     "train": lambda _, run: (JOB_EVENTS[run.status], job_id(run.id)),
+    "eval_run": lambda _, run: (EVAL_EVENTS[run.status], run.id),
     "batch": lambda store, run: (BATCH_EVENTS[batch_object(store, run)["status"]], batch_id(run.id)),
 }
 

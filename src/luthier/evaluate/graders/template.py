@@ -7,7 +7,7 @@ would compare with an empty text in silence, the other say nothing: so the first
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,18 +22,17 @@ OF_SAMPLE = ("sample.output_json", "sample.output_tools", "sample.choices")  # n
 COMPILED_TEMPLATES = 512
 
 
-def check_template(source: str, place: str) -> None:
-    """Refuse a text that is not valid, or names something else than ``item`` and ``sample``.
+def check_template(source: str, place: str, namespaces: Sequence[str] = NAMESPACES) -> None:
+    """Refuse a text that is not valid, or names something else than what is there.
 
     Raises:
         InputError: that is the case.
     """
-    unknown = sorted(_compiled(source, place).fields - set(NAMESPACES))
+    unknown = sorted(_compiled(source, place).fields - set(namespaces))
     if unknown:
-        raise InputError(
-            f"The {place} names {', '.join(unknown)}; only item.… and sample.… are there."
-            f"{did_you_mean(unknown[0], NAMESPACES)}"
-        )
+        there = " and ".join(f"{name}.…" for name in namespaces)
+        hint = did_you_mean(unknown[0], namespaces)
+        raise InputError(f"The {place} names {', '.join(unknown)}; only {there} can be named here.{hint}")
 
 
 def item_fields(source: str) -> set[str]:
