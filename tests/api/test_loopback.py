@@ -16,7 +16,7 @@ def test_the_service_calls_itself_in_the_name_of_a_caller(live: Live) -> None:
     async def ask() -> None:
         reader = Caller(project="acme", scopes=("read",))
         listed = await call(app, reader, "GET", "/v1/models")
-        assert [model["id"] for model in listed.body["data"]] == ["tiny-base"]
+        assert [model["id"] for model in listed.body["data"]] == ["tiny-base", "tiny-encoder"]
         refused = await call(app, reader, "DELETE", "/v1/models/tiny-base")
         assert (refused.status, refused.body["error"]["code"]) == (403, "insufficient_scope")
         assert refused.request_id.startswith("req_")
