@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from luthier.llm.engine_process import EngineOptions
 from luthier.records.response import StoredResponse
-from luthier.serve.pool import ModelPool, ServedModelInfo
+from luthier.serve.pool import LoadedModel, ModelPool, ServedModelInfo
 from luthier.workflows.responses import LIFETIME_SECONDS, expire_responses
 from tests.api.conftest import Live
 
@@ -27,14 +28,28 @@ TOOL = {
 }
 
 
+CALLER = "ft:tiny:acme:caller:abc123"  # the same model with a chat template that knows tools
+CALLING_TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\\n' + (tools | tojson) + ' <tool_call><|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}{{ '<tool_call>' + (call['function'] | tojson) + '</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
 def exact_pool(folder: Path) -> ModelPool:
-    """A pool of one model, whose answers do not depend on what else is in the batch."""
+    """A pool of a model and one that calls, whose answers do not depend on what else is in the batch."""
+    folders = {NAME: folder, CALLER: folder.with_name("calling")}
+    names = [ServedModelInfo(name, created=1) for name in folders]
     options = EngineOptions(precision="float32")
-    return ModelPool(lambda *_: folder, lambda _: [ServedModelInfo(NAME, created=1)], options=options)
+    return ModelPool(lambda _, name: folders[name], lambda _: names, options=options)
 
 
 @pytest.fixture(scope="module")
 def live(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    calling = shutil.copytree(endless_model, endless_model.with_name("calling"), dirs_exist_ok=True)
+    (calling / "chat_template.jinja").write_text(CALLING_TEMPLATE)
     live = Live(tmp_path_factory.mktemp("responses") / "home", exact_pool(endless_model))
     yield live
     live.close()
@@ -255,9 +270,66 @@ def test_options_that_change_nothing_are_tolerated(live: Live) -> None:
     assert ask(live, **harmless).json()["output"][0]["content"] == ask(live).json()["output"][0]["content"]
 
 
+CALLING: dict[str, Any] = {"model": CALLER, "tools": [TOOL], "tool_choice": "required", "temperature": 0}
+
+
+def test_a_model_calls_a_function_and_goes_on_with_what_it_gave(live: Live) -> None:
+    client = live.client()
+    first = client.responses.create(**CALLING, input="weather?", parallel_tool_calls=False)
+    (call,) = first.output
+    assert (call.type, call.name, call.status, first.status) == ("function_call", "weather", "completed", "completed")
+    assert set(json.loads(call.arguments)) == {"city"}
+    assert (first.tools[0].name, first.tool_choice) == ("weather", "required")
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    told: dict[str, Any] = {"model": CALLER, "tools": [TOOL], "tool_choice": "none", "temperature": 0}
+    second = client.responses.create(**told, max_output_tokens=8, input=[output], previous_response_id=first.id)
+    items = [{"role": "user", "content": "weather?"}, call.model_dump(exclude_none=True), output]
+    assert client.responses.create(**told, max_output_tokens=8, input=items).output_text == second.output_text
+    kinds = [item.type for item in client.responses.input_items.list(second.id, order="asc")]
+    assert kinds == ["message", "function_call", "function_call_output"]
+
+
+def test_a_streamed_call_has_openais_events_in_their_order(live: Live) -> None:
+    whole = live.client().responses.create(**CALLING, input="weather?", parallel_tool_calls=False)
+    events = list(live.client().responses.create(**CALLING, input="weather?", parallel_tool_calls=False, stream=True))
+    deltas = [event for event in events if event.type == "response.function_call_arguments.delta"]
+    assert [event.type for event in events] == [
+        *("response.created", "response.in_progress", "response.output_item.added"),
+        *["response.function_call_arguments.delta"] * len(deltas),
+        *("response.function_call_arguments.done", "response.output_item.done", "response.completed"),
+    ]
+    call = whole.output[0]
+    assert "".join(event.delta for event in deltas) == events[-3].arguments == call.arguments
+    assert events[2].item.name == events[-2].item.name == call.name
+    assert {event.item_id for event in deltas} == {events[-2].item.id}
+
+
+def test_an_answer_is_bound_to_a_schema(live: Live) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    text: Any = {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}
+    response = live.client().responses.create(**GREEDY | {"max_output_tokens": 60}, input="hello", text=text)
+    assert response.status == "completed"
+    assert set(json.loads(response.output_text)) == {"a"}
+    assert response.text.format.schema_ == schema
+    schema["properties"] = {"a": {"$ref": "https://example.com/schema"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        live.client().responses.create(**GREEDY, input="hello", text=text)
+    assert caught.value.param == "text.format.schema"
+
+
+def writer(live: Live) -> LoadedModel:
+    """Return the model that knows no tools."""
+    return next(model for model in live.service.pool.loaded if model.chat_format.tool_template is None)
+
+
 def assert_engine_is_free(live: Live) -> None:
     """See that a full-length answer is the only one that the engine works on."""
-    (loaded,) = live.service.pool.loaded
+    loaded = writer(live)
     live.client().responses.create(**GREEDY | {"max_output_tokens": LONG}, input="hello")
     assert loaded.engine.in_flight == 0
 
@@ -279,7 +351,7 @@ def test_a_killed_engine_ends_the_stream_with_a_failure(live: Live) -> None:
     events = iter(stream)
     first = next(events)
     next(events)
-    (loaded,) = live.service.pool.loaded
+    loaded = writer(live)
     os.kill(loaded.engine.pid, signal.SIGKILL)
     *_, last = events
     assert last.type == "response.failed"

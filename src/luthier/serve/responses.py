@@ -17,6 +17,7 @@ from luthier.serve.response_request import ResponseRequest, TextOptions, renamed
 
 Dict = dict[str, Any]
 Keep = Callable[[Dict], Awaitable[None]]
+TOO_MANY_REQUESTS = 429
 FINAL = ("response.completed", "response.incomplete")
 
 
@@ -93,8 +94,10 @@ async def complete_response(run: ResponseRun) -> Dict:
     Raises:
         EngineError: the engine died.
     """
+    last: Dict = {}
     async with aclosing(_Answer(run).events()) as events:
-        last = [event async for event in events][-1]
+        async for event in events:
+            last = event
     response: Dict = last["response"]
     return response
 
@@ -147,7 +150,9 @@ class _Answer:
 
     def failed(self, error: LuthierError) -> Dict:
         """Return the event of a failure."""
-        told = {"code": "server_error", "message": as_api_error(error).message}
+        found = as_api_error(error)
+        code = "rate_limit_exceeded" if found.status == TOO_MANY_REQUESTS else "server_error"
+        told = {"code": code, "message": found.message}
         return self._event("response.failed", response=self._run.shown("failed", self._output, error=told))
 
     def _take(self, choice: Dict) -> Iterator[Dict]:
