@@ -268,14 +268,16 @@ def test_a_killed_server_loses_no_answer_and_asks_for_none_twice(tmp_path: Path,
     client = first.client()
     body = {**HELLO, "max_tokens": 20, "temperature": 0, "store": True}
     lines = [line(f"line-{n}", {**body, "messages": [{"role": "user", "content": f"number {n}"}]}) for n in range(240)]
-    made = begin(client, lines)
-    until(client, made.id, lambda it: counts_of(it)[1] >= 40)
     stream = client.chat.completions.create(**{**body, "stream": True, "metadata": {"of": "stream"}})
     (streamed,) = {chunk.id for chunk in stream}
-    assert client.batches.retrieve(made.id).status == "in_progress"
-    first.stop(signal.SIGKILL)
+    made = begin(client, lines)
     spool = store.run_folder(made.id.replace("_", "-", 1)) / "answers.jsonl"
-    kept = [json.loads(text.partition("\t")[2]) for text in spool.read_text().splitlines()]
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not spool.exists() or spool.read_bytes().count(b"\n") < 40:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    first.stop(signal.SIGKILL)
+    kept = [json.loads(text.partition("\t")[2]) for text in spool.read_text().splitlines() if text.endswith("}")]
     assert 40 <= len(kept) < 240
     second = Up(home)
     client = second.client()
