@@ -132,3 +132,24 @@ def test_tokens_of_an_answer_are_taken_from_the_key_that_asked(
     else:
         left = int(headers().headers["x-ratelimit-remaining-tokens"])
         assert left <= 60 - answer.usage.total_tokens + 5
+
+
+def test_a_request_that_has_the_service_ask_models_pays_for_that(
+    start_live: Callable[..., Live], tiny_base: Path
+) -> None:
+    live = start_live()
+    pull(live.store, str(tiny_base))
+    _, secret = key(live, tokens=5000)
+    client = live.client(secret)
+    grader = {
+        "type": "score_model",
+        "name": "score",
+        "model": "tiny-base",
+        "input": [{"role": "user", "content": "How good is it? " * 20}],
+        "range": [0, 1],
+    }
+    client.post(
+        "/fine_tuning/alpha/graders/run", body={"grader": grader, "model_sample": "hello"}, cast_to=httpx.Response
+    )
+    left = int(client.models.with_raw_response.list().headers["x-ratelimit-remaining-tokens"])
+    assert left < 4900

@@ -102,6 +102,8 @@ class Requests:
             )
         finally:
             USAGE.reset(token)
+            if (outer := USAGE.get()) is not None:
+                outer.add(exchange.usage)  # a request that asks the service itself pays for what it asks
             self._tell(exchange)
 
     def _tell(self, exchange: Exchange) -> None:

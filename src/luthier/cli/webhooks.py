@@ -11,7 +11,7 @@ from luthier.cli.present import Json, moment, open_store, show_json, show_table
 from luthier.records.scopes import DEFAULT_PROJECT
 
 if TYPE_CHECKING:
-    from luthier.records.webhook import EventType
+    from luthier.records.webhook import EventType, WebhookEndpoint
 
 app = typer.Typer(no_args_is_help=True, help="Webhooks: who is told when a job, a batch or an evaluation ends.")
 Project = typer.Option(DEFAULT_PROJECT, help="Whose runs it is about.")
@@ -47,7 +47,7 @@ def list_all(project: str = Project, as_json: bool = Json) -> None:
     if as_json:
         show_json(endpoints)
         return
-    rows = [(one.id, f"{one.name}\n{one.url}", "\n".join(one.event_types), one.disabled or "") for one in endpoints]
+    rows = [(one.id, f"{one.name}\n{one.url}", _events(one), one.disabled or "") for one in endpoints]
     show_table(None, ("endpoint", "name, address", "events", "disabled"), rows)
 
 
@@ -126,6 +126,12 @@ def delete(endpoint: str = Endpoint, project: str = Project) -> None:
 
     gone = delete_endpoint(open_store(), project, endpoint)
     typer.echo(f"{gone.id} ({gone.name}) is deleted.")
+
+
+def _events(endpoint: WebhookEndpoint) -> str:
+    from luthier.records.webhook import EVENT_TYPES
+
+    return "all" if set(endpoint.event_types) == set(EVENT_TYPES) else "\n".join(endpoint.event_types)
 
 
 def _types(texts: list[str]) -> list[EventType]:

@@ -24,6 +24,11 @@ class Usage:
         """All tokens that were read and made."""
         return self.prompt_tokens + self.completion_tokens
 
+    def add(self, other: Usage) -> None:
+        """Count what a request within this one used."""
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+
     def add_prompt(self, prompt_tokens: Sequence[int]) -> bool:
         """Count a prompt, once for all answers to it; return whether it was new."""
         if prompt_tokens is self._prompt:

@@ -54,7 +54,10 @@ def announce_runs(store: Store) -> list[Run]:
     """
     announced = []
     for ended in store.outbox.unannounced():
-        run = store.runs.get(ended.run_id)
+        try:
+            run = store.runs.get(ended.run_id)
+        except NotFoundError:  # deleted meanwhile
+            continue
         type, subject = _event_of(store, run)
         if store.outbox.announce(ended, type, _new_delivery(ended, type, subject)):
             announced.append(run)
