@@ -27,7 +27,6 @@ from luthier.api.app import create_app
 from luthier.api.routes import ROUTERS
 from luthier.api.service import administers, reads, writes
 from luthier.records.eval import OutputItem
-from luthier.records.eval import OutputItem
 from luthier.records.fine_tuning import Checkpoint
 from luthier.records.model import Artifact
 from luthier.records.stored import now
@@ -56,9 +55,6 @@ SCORE = {
     "range": [0, 1],
 }
 ROWS = {"type": "jsonl", "source": {"type": "file_content", "content": [{"item": {"a": 1}}]}}
-CHECK = {"type": "string_check", "name": "a", "input": "{{item.q}}", "reference": "a", "operation": "eq"}
-EVAL = {"data_source_config": {"type": "custom", "item_schema": {}}, "testing_criteria": [CHECK]}
-EVAL_ROWS = {"type": "jsonl", "source": {"type": "file_content", "content": [{"item": {"q": "a"}}]}}
 Maker = Callable[["World", str], str]
 
 
@@ -171,22 +167,6 @@ def make_output_item(world: World, project: str) -> str:
     return item.id
 
 
-def make_eval(world: World) -> str:
-    return world.client.evals.create(**EVAL).id  # type: ignore[arg-type]
-
-
-def make_eval_run(world: World) -> str:
-    return world.client.evals.runs.create(world.id_of("eval_id"), data_source=EVAL_ROWS).id  # type: ignore[arg-type]
-
-
-def make_output_item(world: World) -> str:
-    run = world.live.store.evals.runs.get(OWNER, world.id_of("eval_run_id"))
-    shared = {"project": OWNER, "created_at": now(), "parent": run.id, "eval_id": run.parent, "status": "pass"}
-    item = OutputItem(id="outputitem_abc", number=0, item={}, sample={}, results=(), **shared)  # type: ignore[arg-type]
-    world.live.store.evals.keep(run, [item])
-    return item.id
-
-
 # For each path parameter: makes a thing of a project, and returns what stands for it in a path.
 MAKERS: dict[str, Maker] = {
     "file_id": lambda world, project: world.training_files[project],
@@ -221,7 +201,6 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/fine_tuning/checkpoints/{checkpoint}/permissions"): {"json": {"project_ids": ["third"]}},
     ("POST", "/v1/chat/completions/{completion}"): {"json": {"metadata": {"a": "b"}}},
     ("POST", "/v1/evals/{eval_id}/runs"): {"json": {"data_source": ROWS}},
-    ("POST", "/v1/evals/{eval_id}/runs"): {"json": {"data_source": EVAL_ROWS}},
     ("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {"json": {"event_type": "batch.completed"}},
 }
 

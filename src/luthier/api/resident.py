@@ -13,8 +13,9 @@ from luthier.api.service import Service
 from luthier.jobs.resident import Executor, Residents
 from luthier.records.run import RunKind
 from luthier.workflows.batch_execution import execute_batch
+from luthier.workflows.eval_execution import execute_eval_run
 
-EXECUTORS: Mapping[RunKind, Executor] = {"batch": execute_batch}
+EXECUTORS: Mapping[RunKind, Executor] = {"batch": execute_batch, "eval_run": execute_eval_run}
 
 
 @asynccontextmanager

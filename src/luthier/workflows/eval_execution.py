@@ -53,7 +53,8 @@ async def execute_eval_run(context: ResidentContext) -> Json:
         RunStopped: it was asked to pause or cancel.
         DiskFullError: the disk is full; it goes on when there is space again.
     """
-    return await _Execution(context).run()
+    execution = await asyncio.to_thread(_Execution, context)
+    return await execution.run()
 
 
 class _Execution:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +32,7 @@ from luthier.store.collection import BLOCK, Order
 from luthier.store.store import Store
 from luthier.workflows.eval_rows import problems_of
 from luthier.workflows.eval_sampling import NO_ERROR
-from luthier.workflows.evals import DATA, schema_of
+from luthier.workflows.evals import DATA, remove_run, schema_of
 from luthier.workflows.files import file_for
 from luthier.workflows.written import read_written, refused
 
@@ -152,10 +151,7 @@ def delete_run(store: Store, project: str, eval_id: str, id: str) -> None:
         NotFoundError: there is no such run.
     """
     find_run(store, project, eval_id, id)
-    store.evals.remove_run(project, id)
-    with suppress(ConflictError):
-        store.runs.request(id, "cancel")
-    shutil.rmtree(store.run_folder(id), ignore_errors=True)
+    remove_run(store, project, id)
 
 
 def list_items(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -118,10 +119,20 @@ def delete_eval(store: Store, project: str, id: str) -> None:
     """
     store.evals.evals.remove(project, id)
     for run in list(store.evals.runs.all(project, parent=id)):
-        with suppress(NotFoundError, ConflictError):
-            store.runs.request(run.id, "cancel")
         with suppress(NotFoundError):
-            store.evals.remove_run(project, run.id)
+            remove_run(store, project, run.id)
+
+
+def remove_run(store: Store, project: str, id: str) -> None:
+    """Delete a run with its items; one that has not ended is cancelled.
+
+    Raises:
+        NotFoundError: the project has no such run.
+    """
+    store.evals.remove_run(project, id)
+    with suppress(NotFoundError, ConflictError):
+        store.runs.request(id, "cancel")
+    shutil.rmtree(store.run_folder(id), ignore_errors=True)
 
 
 def schema_of(data: CustomData | LoggedData, place: Place) -> ItemSchema | None:

@@ -130,7 +130,8 @@ def retrieve_run(
     return eval_runs.run_object(service.store, run, str(request.base_url))
 
 
-@router.post("/{eval_id}/runs/{eval_run_id}")
+@router.post("/{eval_id}/runs/{eval_run_id}/cancel")
+@router.post("/{eval_id}/runs/{eval_run_id}")  # where the package has it in its majors 1 and 2
 def cancel_run(eval_id: str, eval_run_id: str, request: Request, caller: Writer, service: TheService) -> dict[str, Any]:
     """End a run."""
     run = eval_runs.cancel_run(service.store, caller.project, eval_id, eval_run_id)
