@@ -122,8 +122,8 @@ def test_an_unknown_model_is_not_found(live: Live) -> None:
 def test_a_bad_option_is_a_bad_request_that_names_it(live: Live) -> None:
     client = live.client()
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=NAME, **HELLO, response_format={"type": "json_object"})
-    assert caught.value.param == "response_format"
+        client.chat.completions.create(model=NAME, **HELLO, logit_bias={"5": 10})
+    assert caught.value.param == "logit_bias"
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=NAME, messages=HELLO["messages"], temperature=9)
     assert caught.value.param == "temperature"

@@ -35,11 +35,7 @@ def test_null_keys_of_openai_exports_are_no_problem() -> None:
         ("hi", "must be an array"),
         ([USER], "no assistant message"),
         ([USER, ASSISTANT, USER], "last message must be the assistant's"),
-        (
-            [USER, {"role": "tool", "content": "x"}, ASSISTANT],
-            "messages[1] has the role 'tool', which is not supported yet",
-        ),
-        ([USER, {"role": "assistant", "tool_calls": [{}]}], "'tool_calls', which is not supported yet"),
+        ([USER, ASSISTANT | {"audio": {"id": "1"}}], "'audio', which is not supported here"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ASSISTANT],
             "'image_url', which is not",
@@ -119,7 +115,7 @@ TURN = [USER, ASSISTANT]
         (openai(preferred_output="yes"), "preferred_output must be an array"),
         (openai(input="hi"), "input.messages must be an array"),
         (openai(input={"messages": TURN}), "the last message of the prompt must not be the assistant's"),
-        (openai(input={"messages": [USER], "tools": [{}]}), "tools is not supported yet"),
+        (openai(input={"messages": [USER], "tools": [{}]}), "tools[0] has the type None; only functions are known"),
         ({"preferred_output": [ASSISTANT]}, "non_preferred_output must be an array"),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, "chosen and rejected are equal"),
         ({"chosen": [ASSISTANT], "rejected": [WORSE]}, "there is no prompt"),
@@ -139,7 +135,7 @@ def test_all_problems_of_a_pair_are_in_one_reason() -> None:
     row = openai(preferred_output=[{"role": "wizard", "content": "x"}], input={"messages": [3], "functions": [{}]})
     with pytest.raises(ValueError, match="input") as caught:
         read_chat_row(row)
-    for part in ("input.messages[0] is a number", "unknown role 'wizard'", "functions is not supported"):
+    for part in ("input.messages[0] is a number", "unknown role 'wizard'", "functions[0] has no function"):
         assert part in str(caught.value)
 
 

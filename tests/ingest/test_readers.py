@@ -200,7 +200,7 @@ def test_pairs_of_answers_are_examples_and_broken_ones_bad_rows_with_their_line(
 def test_all_problems_of_a_row_are_in_one_reason(tmp_path: Path) -> None:
     line = chat_line({"role": "wizard", "content": 3}, USER | {"weight": 0}, tools=[{"type": "function"}])
     reason = read(tmp_path, line, CHAT)[1][1]
-    for part in ("unknown role", "a number for content", "only assistant", "no assistant message", "tools is not"):
+    for part in ("unknown role", "a number for content", "only assistant", "no assistant message", "tools[0] has"):
         assert part in reason
 
 

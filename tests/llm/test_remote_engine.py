@@ -15,14 +15,17 @@ import psutil
 import pytest
 from vllm_dialect import Dialect, Running, continuation
 
-from luthier.errors import CapacityError, EngineError, InputError
+from luthier.errors import CapacityError, EngineError
 from luthier.llm.answer_stream import AnswerDelta, stream_answer
 from luthier.llm.engine_interface import TokenDelta
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.llm.engine_servers import EngineServers, Servable
+from luthier.llm.grammar.constraints import json_constraint
+from luthier.llm.grammar.tool_calls import must_call
 from luthier.llm.remote_engine import RemoteEngine, request_body
 from luthier.records.completion import Sampling
 from luthier.templates.chat_format import ChatFormat
+from luthier.templates.tool_formats import TOOL_FORMATS
 
 BASE = "tiny-base"
 PROMPT = [1, 40, 50, 60]
@@ -148,13 +151,39 @@ def test_a_request_says_all_that_decides_the_answer(vllm: tuple[Dialect, Running
     ]
 
 
-def test_an_option_that_the_server_is_not_asked_for_is_refused() -> None:
-    class Newer(Sampling):
-        logit_bias: dict[int, float] | None = None
+def test_a_server_is_asked_for_everything_that_vllm_has() -> None:
+    every = Sampling(top_k=5, min_p=0.1, repetition_penalty=1.2, logit_bias={7: -2.0}, logprobs=3)
+    body = request_body("m", PROMPT, every, ())
+    expected = {
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"7": -2.0},
+        "logprobs": 3,
+        "return_tokens_as_token_ids": True,
+    }
+    assert {name: body[name] for name in expected} == expected
+    assert "logprobs" not in request_body("m", PROMPT, Sampling(logprobs=None), ())
 
-    request_body("m", PROMPT, Newer(), ())
-    with pytest.raises(InputError, match="logit_bias"):
-        request_body("m", PROMPT, Newer(logit_bias={1: 2.0}), ())
+
+def test_what_an_answer_is_bound_to_is_given_as_vllm_takes_it() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    bound = Sampling(constraint=json_constraint(schema))
+    assert request_body("m", PROMPT, bound, ())["structured_outputs"] == {"json": schema}
+    calls = must_call(TOOL_FORMATS[0], [("f", schema)], several=False)
+    body = request_body("m", PROMPT, Sampling(constraint=calls), ())
+    assert body["structured_outputs"] == {"grammar": calls.grammar}
+    assert "structured_outputs" not in request_body("m", PROMPT, Sampling(), ())
+
+
+def test_alternatives_to_a_token_come_with_their_ids(vllm: tuple[Dialect, Running], base: Servable) -> None:
+    async def scenario(engine: RemoteEngine) -> list[TokenDelta]:
+        return await collect(engine, Sampling(max_tokens=3, logprobs=2))
+
+    deltas = run(EngineServers(vllm[1].url), base, then=scenario)
+    told = [one for delta in deltas for one in delta.alternatives]
+    assert [next(iter(one)) for one in told] == tokens_of(deltas)
+    assert all(len(one) == 2 for one in told)
 
 
 def test_an_adapter_is_loaded_on_first_use_and_unloaded_at_the_end(

@@ -164,8 +164,11 @@ def _choice(
         choice["prompt_token_ids"] = body["prompt"] if first else None
         choice["token_ids"] = [token]
     if body.get("logprobs") is not None:
-        top = [{text: -0.5}]
-        choice["logprobs"] = {"text_offset": [0], "token_logprobs": [-0.5], "tokens": [text], "top_logprobs": top}
+        names = [text, dialect.tokenizer.decode([token + 1])]
+        if body.get("return_tokens_as_token_ids"):
+            names = [f"token_id:{token}", f"token_id:{token + 1}"]
+        top = [dict(zip(names[: body["logprobs"] or 1], (-0.5, -1.5), strict=False))]
+        choice["logprobs"] = {"text_offset": [0], "token_logprobs": [-0.5], "tokens": names[:1], "top_logprobs": top}
     return choice
 
 

@@ -18,6 +18,7 @@ from luthier.serve.pool import LoadedModel
 from luthier.templates.chat_format import ChatFormat
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 SHORT = HELLO | {"max_tokens": 6, "temperature": 0}
 
 
@@ -61,21 +62,38 @@ def stream(folder: Path, body: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("option", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"5": 10}}, "logit_bias"),
-        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"moderation": {"model": "x"}}, "moderation"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"temperature": 3}, "temperature"),
         ({"n": 0}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(option: dict[str, Any], param: str) -> None:
@@ -98,6 +116,13 @@ def test_options_that_do_not_change_the_answer_are_tolerated() -> None:
         "metadata": {"a": "b"},
         "store": False,
         "service_tier": "auto",
+        "reasoning_effort": "none",
+        "verbosity": "medium",
+        "prediction": {"type": "content", "content": "x"},
+        "prompt_cache_key": "x",
+        "prompt_cache_retention": "24h",
+        "safety_identifier": "x",
+        "parallel_tool_calls": True,
         "tools": [],
         "tool_choice": "none",
         "response_format": {"type": "text"},
@@ -166,8 +191,7 @@ def test_logprobs_name_each_token(endless_model: Path) -> None:
     entries = answer["choices"][0]["logprobs"]["content"]
     assert len(entries) == 6
     assert all(entry["logprob"] < 0 and entry["top_logprobs"] == [] for entry in entries)
-    whole = [entry for entry in entries if entry["bytes"] is not None]
-    assert all(bytes(entry["bytes"]).decode() == entry["token"] for entry in whole)
+    assert all(bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"] for entry in entries)
 
 
 def test_a_stop_string_is_not_part_of_the_answer(endless_model: Path) -> None:

@@ -8,17 +8,25 @@ In: the JSON object of a row. Out: a :class:`ChatRow`, or a ``ValueError`` with 
   (https://platform.openai.com/docs/api-reference/fine-tuning/preference-input), whose schema says ``…_completion``;
 - TRL's preferences: ``{"prompt": […], "chosen": […], "rejected": […]}``; without a prompt, it is what the two answers
   start with in common (https://huggingface.co/docs/trl/dataset_formats#preference).
+
+Conversations may use tools: :mod:`luthier.ingest.tool_rows` reads their ``tools``, ``tool_calls`` and results.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from luthier.records.example import Message, Role
+from luthier.ingest.json_types import json_type
+from luthier.ingest.tool_rows import MESSAGE_TOOL_KEYS, TOOL_KEYS, TOOL_ROLES, read_calls, read_result, read_tools
+from luthier.records.example import Message, Role, Tool
 
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-TOOL_ROLES = ("tool", "function")
-TOOL_KEYS = ("tools", "functions")
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    **TOOL_ROLES,
+}
 MESSAGE_KEYS = {"role", "content", "weight"}
 PREFERENCES = (("preferred_output", "non_preferred_output"), ("preferred_completion", "non_preferred_completion"))
 
@@ -26,11 +34,15 @@ Messages = tuple[Message, ...]
 
 
 class ChatRow(NamedTuple):
-    """What a row holds: ``messages`` (with ``rejected``: the prompt and the preferred answer) and all other keys."""
+    """What a row holds: ``messages`` (with ``rejected``: the prompt and the preferred answer) and all other keys.
+
+    ``tools`` are those that the assistant can call.
+    """
 
     fields: dict[str, Any]
     messages: Messages
     rejected: Messages | None = None
+    tools: tuple[Tool, ...] = ()
 
 
 def is_chat_row(row: dict[str, Any]) -> bool:
@@ -51,10 +63,11 @@ def read_chat_row(row: dict[str, Any]) -> ChatRow:
     else:
         messages, problems = read_messages(row.get("messages"))
         chat = ChatRow({name: value for name, value in row.items() if name != "messages"}, messages)
-    problems += [f"{key} is not supported yet" for key in TOOL_KEYS if chat.fields.get(key)]
+    tools = read_tools(chat.fields, problems)
     if problems:
         raise ValueError("; ".join(problems))
-    return chat
+    fields = {name: value for name, value in chat.fields.items() if not (name in TOOL_KEYS and value)}
+    return chat._replace(fields=fields, tools=tools)
 
 
 # Preferences
@@ -121,7 +134,7 @@ def _pair_problems(prompt: Messages, preferred: Messages, worse: Messages, names
             problems.append(f"{name} must be one message behind the prompt, and has {len(answer)}")
         elif answer[-1].role != "assistant":
             problems.append(f"the last message of {name} must be the assistant's")
-        elif not answer[-1].content.strip():
+        elif not answer[-1].says_something:
             problems.append(f"{name} has empty content: nothing is left to learn")
     if not prompt:
         problems.append("there is no prompt: a message that both answers follow")
@@ -156,24 +169,27 @@ def _read_turns(value: Any, name: str) -> tuple[Messages, list[str]]:
         return (), [f"{name} must be an array with at least one message"]
     problems: list[str] = []
     messages: list[Message] = []
+    asked: set[str] = set()
     for number, item in enumerate(value):
-        message, wrong = _read_message(item)
+        message, wrong = _read_message(item, asked)
         problems += [f"{name}[{number}] {problem}" for problem in wrong]
         if message:
             messages.append(message)
     return tuple(messages), problems
 
 
-def _read_message(item: Any) -> tuple[Message | None, list[str]]:
+def _read_message(item: Any, asked: set[str]) -> tuple[Message | None, list[str]]:
+    """Return a turn; ``asked`` has the ids of the calls before it, and gets those of its own."""
     if not isinstance(item, dict):
         return None, [f"is {json_type(item)}, not an object"]
-    role = item.get("role")
-    if role in TOOL_ROLES:
-        return None, [f"has the role {role!r}, which is not supported yet"]
-    problems = [] if isinstance(role, str) and role in ROLES else [f"has the unknown role {role!r}"]
-    unknown = [key for key, value in item.items() if key not in MESSAGE_KEYS and value not in (None, [], "")]
-    problems += [f"has {key!r}, which is not supported yet" for key in unknown]
-    text = "" if "tool_calls" in unknown and item.get("content") is None else _read_content(item, problems)
+    role = item["role"] if isinstance(item.get("role"), str) else ""
+    problems = [] if role in ROLES else [f"has the unknown role {item.get('role')!r}"]
+    known = MESSAGE_KEYS | MESSAGE_TOOL_KEYS.get(role, set())
+    unknown = [key for key, value in item.items() if key not in known and value not in (None, [], "")]
+    problems += [f"has {key!r}, which is not supported here" for key in unknown]
+    calls = read_calls(item, asked, problems) if role == "assistant" else ()
+    result = read_result(item, asked, problems) if role in TOOL_ROLES else {}
+    text = "" if calls and item.get("content") is None else _read_content(item, problems, may_be_empty=bool(calls))
     weight = item.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         problems.append(f"has the weight {weight!r}; it must be 0 or 1")
@@ -181,17 +197,18 @@ def _read_message(item: Any) -> tuple[Message | None, list[str]]:
         problems.append("has a weight; only assistant messages may")
     if problems:
         return None, problems
-    return Message(role=ROLES[cast(str, role)], content=text, weight=1 if weight is None else weight), []
+    weight = 1 if weight is None else weight
+    return Message(role=ROLES[role], content=text, weight=weight, tool_calls=calls, **result), []
 
 
-def _read_content(item: dict[str, Any], problems: list[str]) -> str:
+def _read_content(item: dict[str, Any], problems: list[str], *, may_be_empty: bool) -> str:
     content = item.get("content")
     if isinstance(content, list):
         content = _join_parts(content, problems)
     elif not isinstance(content, str):
         problems.append("has no content" if content is None else f"has {json_type(content)} for content")
         return ""
-    if not content and item.get("role") == "assistant" and not problems:
+    if not content and item.get("role") == "assistant" and not may_be_empty and not problems:
         problems.append("has empty content: nothing is left to learn")
     return content
 
@@ -208,11 +225,3 @@ def _join_parts(parts: list[Any], problems: list[str]) -> str:
         else:
             problems.append(f"has a content part of type {kind!r}, which is not supported yet")
     return "".join(texts)
-
-
-def json_type(value: Any) -> str:
-    """Return what JSON calls a value, with its article."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
-    return names.get(type(value), "a number")

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from luthier.errors import InputError
-from luthier.ingest.chat_rows import json_type, read_chat_row
+from luthier.ingest.chat_rows import read_chat_row
 from luthier.ingest.decoding import ERROR_HANDLER, MAX_LINE_CHARS, text_problem
 from luthier.ingest.documents import read_documents
+from luthier.ingest.json_types import json_type
 from luthier.records.dataset import BadRow, SourceFormat
 from luthier.records.example import Example
 
@@ -268,4 +269,4 @@ def _fields_example(row: dict[str, Any], line: int) -> Example:
 
 def _chat_example(row: dict[str, Any], line: int) -> Example:
     chat = read_chat_row(row)
-    return Example(id=_example_id(line), fields=chat.fields, messages=chat.messages, rejected=chat.rejected, line=line)
+    return Example(id=_example_id(line), **chat._asdict(), line=line)

@@ -36,7 +36,7 @@ def read_training_rows(path: Path, *, pairs: bool | None = None) -> Iterator[Exa
         except ValueError as error:
             yield BadRow(line=line, reason=str(error))
         else:
-            yield Example(id=row.id, fields=chat.fields, messages=chat.messages, rejected=chat.rejected, line=line)
+            yield Example(id=row.id, **chat._asdict(), line=line)
 
 
 _WRONG_METHOD = {

@@ -9,8 +9,7 @@ One implements :class:`Encoder`: a process of torch on this machine (:mod:`luthi
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +17,13 @@ from numpy.typing import NDArray
 from luthier.records.completion import FinishReason, Sampling
 
 
-@dataclass(frozen=True)
-class TokenDelta:
+class TokenDelta(NamedTuple):
     """What one step added to an answer; the last delta of an answer has the finish reason.
 
-    ``logprobs`` are natural logarithms under the model itself, before temperature and top_p; an engine that does not
-    tell them gives none. An engine that tells no tokens gives ``text`` in their place, and says in
-    ``unlisted_tokens`` how many tokens it counted.
+    ``logprobs`` are natural logarithms under the model itself, before temperature and top_p; none where they were not
+    asked for, or the engine does not tell them. ``alternatives`` has, for each token, the likeliest ones with their
+    logprobs, where the sampling asks for them. An engine that tells no tokens gives ``text`` in their place, and says
+    in ``unlisted_tokens`` how many tokens it counted.
     """
 
     tokens: tuple[int, ...]
@@ -32,6 +31,11 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     text: str | None = None
     unlisted_tokens: int = 0
+    alternatives: tuple[dict[int, float], ...] = ()
+
+
+ALTERNATIVES = "alternatives"
+"""The option to tell the likeliest tokens beside the chosen one: ``logprobs`` above 0."""
 
 
 class RunningModel(Protocol):
@@ -59,6 +63,14 @@ class RunningModel(Protocol):
 
 class Engine(RunningModel, Protocol):
     """A model that writes."""
+
+    @property
+    def options(self) -> frozenset[str]:
+        """What of a sampling it can honour beyond temperature, top_p, seed, limits and the two penalties.
+
+        These are names of fields, and :data:`ALTERNATIVES`. It is not asked for anything else.
+        """
+        ...
 
     @property
     def generated_tokens(self) -> int:

@@ -16,6 +16,7 @@ from luthier.llm.worker_process import READY_DEADLINE_SECONDS, WorkerProcess
 from luthier.records.completion import Sampling
 
 WORKER_MODULE = "luthier.llm.engine.openvino_worker"
+OPTIONS = frozenset({"logprobs", "top_k", "min_p", "repetition_penalty", "constraint"})
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class EngineProcess(WorkerProcess[TokenDelta]):
         return await cls._started(folder, WORKER_MODULE, arguments, ready_deadline_seconds)
 
     @property
+    def options(self) -> frozenset[str]:
+        """What of a sampling openvino-genai can honour."""
+        return OPTIONS
+
+    @property
     def generated_tokens(self) -> int:
         """How many tokens the engine has made so far, those of cancelled answers too."""
         return self._generated_tokens
@@ -79,7 +85,7 @@ class EngineProcess(WorkerProcess[TokenDelta]):
         message = {
             "op": "generate",
             "tokens": list(prompt_tokens),
-            "sampling": sampling.model_dump(exclude={"stop"}),
+            "sampling": sampling.model_dump(exclude={"stop": True, "constraint": {"json_schema", "is_dispatched"}}),
             "stop_tokens": list(stop_tokens),
         }
         return self._outcomes(message, lambda delta: delta.finish_reason is not None)

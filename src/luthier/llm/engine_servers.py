@@ -114,7 +114,8 @@ class EngineServers:
 
         adapter = model.adapter
         if adapter is None:
-            return RemoteEngine(ready.server, ready.weights_name, on_close=close, share=share)
+            name, is_llama_cpp = ready.weights_name, self.takes_gguf
+            return RemoteEngine(ready.server, name, on_close=close, share=share, is_llama_cpp=is_llama_cpp)
         await ready.server.load_adapter(model.name, adapter)
         load = partial(ready.server.load_adapter, model.name, adapter)
         return RemoteEngine(ready.server, model.name, load=load, on_close=close, share=share)

@@ -14,15 +14,14 @@ from typing import Any
 import httpx
 
 from luthier.errors import EngineError, InputError, LuthierError, NotFoundError
-from luthier.llm.engine_interface import TokenDelta
+from luthier.llm.engine_interface import ALTERNATIVES, TokenDelta
 from luthier.llm.engine_server import EngineServer, error_message
-from luthier.records.completion import FinishReason, Sampling
+from luthier.records.completion import Constraint, FinishReason, Sampling
 
-KNOWN_OPTIONS = frozenset(
-    {"max_tokens", "temperature", "top_p", "seed", "stop", "frequency_penalty", "presence_penalty"}
-)
+OPTIONS = frozenset({"logprobs", ALTERNATIVES, "top_k", "min_p", "repetition_penalty", "logit_bias", "constraint"})
 SEEDS = 2**63
 DATA = "data: "
+TOKEN_ID = "token_id:"  # noqa: S105 - how vLLM writes a token where it is asked for ids
 
 
 class RemoteEngine:
@@ -34,6 +33,7 @@ class RemoteEngine:
         load: Has the server load the model, where it can; asked when the server has forgotten it.
         on_close: Frees the model.
         share: Says how many engines share the server, with this one.
+        is_llama_cpp: Whether the server is llama.cpp's, which tells no tokens and takes grammars in its own field.
     """
 
     def __init__(
@@ -44,12 +44,14 @@ class RemoteEngine:
         load: Callable[[], Awaitable[None]] | None = None,
         on_close: Callable[[], Awaitable[None]] | None = None,
         share: Callable[[], int] = lambda: 1,
+        is_llama_cpp: bool = False,
     ) -> None:
         self._server = server
         self._model = model
         self._load = load
         self._on_close = on_close
         self._share = share
+        self._is_llama_cpp = is_llama_cpp
         self._closed = False
         self._generated_tokens = 0
         self._responses: set[httpx.Response] = set()
@@ -64,6 +66,11 @@ class RemoteEngine:
     def in_flight(self) -> int:
         """How many answers are being generated or waited for."""
         return self._in_flight
+
+    @property
+    def options(self) -> frozenset[str]:
+        """What of a sampling such a server can honour."""
+        return OPTIONS - {"logprobs", ALTERNATIVES} if self._is_llama_cpp else OPTIONS
 
     @property
     def generated_tokens(self) -> int:
@@ -85,15 +92,19 @@ class RemoteEngine:
         Raises:
             EngineError: the server refused the prompt, or it cannot be reached.
             CapacityError: the server has no room for a further request now.
-            InputError: the server cannot do an option of the sampling.
+            InputError: the server cannot bind the answer as it is asked to.
         """
         if not self.alive:
             raise EngineError(f"The engine of {self._model} has ended.")
         body = request_body(self._model, prompt_tokens, sampling, stop_tokens)
+        if self._is_llama_cpp and sampling.constraint is not None:
+            if sampling.constraint.is_dispatched:
+                raise InputError("This model's server cannot bind the calls in an answer that may also be text.")
+            body = {**body, "grammar": sampling.constraint.grammar}
         self._in_flight += 1
         try:
             events = self._events(body)
-            async with aclosing(events), aclosing(_deltas(events, prompt_tokens)) as deltas:
+            async with aclosing(events), aclosing(_deltas(events, prompt_tokens, sampling.logprobs)) as deltas:
                 async for delta in deltas:
                     self._generated_tokens += len(delta.tokens) + delta.unlisted_tokens
                     yield delta
@@ -141,13 +152,7 @@ def request_body(
 
     Everything that decides the answer is said, because a server takes what is left out from the model's
     ``generation_config.json``. Without stop tokens the answer only ends at its limit.
-
-    Raises:
-        InputError: the sampling has an option that such a server is not asked for.
     """
-    given = sampling.model_dump(exclude_defaults=True)
-    if unknown := sorted(given.keys() - KNOWN_OPTIONS):
-        raise InputError(f"This model runs on a server, where {', '.join(unknown)} cannot be set.")
     return {
         "model": model,
         "prompt": list(prompt_tokens),
@@ -155,19 +160,34 @@ def request_body(
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
+        "top_k": sampling.top_k or 0,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "presence_penalty": sampling.presence_penalty,
         "stop_token_ids": list(stop_tokens),
         "ignore_eos": not stop_tokens,
-        "logprobs": 0,  # of the chosen tokens alone
+        **_logprob_options(sampling.logprobs),
         "return_token_ids": True,
         "stream": True,
         "stream_options": {"include_usage": True},
         **({} if sampling.seed is None else {"seed": sampling.seed % SEEDS}),
+        **({"logit_bias": {str(id): bias for id, bias in sampling.logit_bias.items()}} if sampling.logit_bias else {}),
+        **({"structured_outputs": _structured_outputs(sampling.constraint)} if sampling.constraint else {}),
     }
+
+
+def _logprob_options(logprobs: int | None) -> dict[str, Any]:
+    if not logprobs:
+        return {} if logprobs is None else {"logprobs": 0}  # of the chosen tokens alone
+    return {"logprobs": logprobs, "return_tokens_as_token_ids": True}
+
+
+def _structured_outputs(constraint: Constraint) -> dict[str, Any]:
+    """Return a constraint as vLLM 0.11 and later takes it (``vllm/sampling_params.py``, StructuredOutputsParams)."""
+    if constraint.json_schema is not None:
+        return {"json": constraint.json_schema}
+    return {"grammar": constraint.grammar}
 
 
 async def _parse(lines: AsyncIterator[str]) -> AsyncGenerator[dict[str, Any], None]:
@@ -184,7 +204,7 @@ async def _parse(lines: AsyncIterator[str]) -> AsyncGenerator[dict[str, Any], No
 
 
 async def _deltas(
-    events: AsyncGenerator[dict[str, Any], None], prompt_tokens: Sequence[int]
+    events: AsyncGenerator[dict[str, Any], None], prompt_tokens: Sequence[int], asked: int | None
 ) -> AsyncGenerator[TokenDelta, None]:
     """Make deltas of events. The last one waits for the end of the stream, where the tokens are counted."""
     last: TokenDelta | None = None
@@ -192,7 +212,7 @@ async def _deltas(
     async for event in events:
         for choice in event.get("choices") or ():
             _check_prompt(choice.get("prompt_token_ids"), prompt_tokens)
-            delta = _delta(choice)
+            delta = _delta(choice, asked)
             counted += len(delta.tokens) + delta.unlisted_tokens
             if delta.finish_reason is not None:
                 last = delta
@@ -208,16 +228,23 @@ async def _deltas(
     yield last
 
 
-def _delta(choice: dict[str, Any]) -> TokenDelta:
+def _delta(choice: dict[str, Any], asked: int | None) -> TokenDelta:
     reason = _finish_reason(choice.get("finish_reason"))
     tokens = choice.get("token_ids")
     if tokens is None:
         text = choice.get("text") or ""
         return TokenDelta((), (), reason, text, unlisted_tokens=1 if text else 0)
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or ()
-    if len(logprobs) != len(tokens):
+    told = choice.get("logprobs") or {}
+    logprobs = told.get("token_logprobs") or ()
+    if asked is not None and len(logprobs) != len(tokens):
         raise EngineError(f"The model server gave {len(tokens)} tokens and {len(logprobs)} logprobs.")
-    return TokenDelta(tuple(tokens), tuple(logprobs), reason)
+    alternatives = tuple(_by_id(found) for found in told.get("top_logprobs") or ()) if asked else ()
+    return TokenDelta(tuple(tokens), tuple(logprobs), reason, alternatives=alternatives)
+
+
+def _by_id(found: dict[str, float] | None) -> dict[int, float]:
+    named = (found or {}).items()
+    return {int(name.removeprefix(TOKEN_ID)): value for name, value in named if name.startswith(TOKEN_ID)}
 
 
 def _finish_reason(told: str | None) -> FinishReason | None:

@@ -20,6 +20,7 @@ class Choice:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[dict[int, float]] = field(default_factory=list)
     token_count: int = 0
     finish_reason: str | None = None
 
@@ -28,16 +29,18 @@ class Choice:
         self.text += delta.text
         self.tokens += delta.tokens
         self.logprobs += delta.logprobs
+        self.alternatives += delta.alternatives
         self.token_count += delta.token_count
         self.finish_reason = delta.finish_reason or self.finish_reason
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and how its answer is sampled."""
+    """A prompt, and how its answer is sampled; its special tokens have text ``with_special``."""
 
     prompt_tokens: Sequence[int]
     sampling: Sampling
+    with_special: bool = False
 
 
 async def answer_all(
@@ -49,6 +52,11 @@ async def answer_all(
         EngineError: the engine refused a prompt, or it died.
         CapacityError: the engine has no room for a further request now.
     """
+    if len(questions) == 1:
+        async with aclosing(_deltas(loaded, questions[0])) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
     arrivals: asyncio.Queue[tuple[int, AnswerDelta] | Exception] = asyncio.Queue()
     tasks = [asyncio.create_task(_answer(loaded, index, one, arrivals)) for index, one in enumerate(questions)]
     unfinished = len(tasks)
@@ -67,10 +75,19 @@ async def answer_all(
 async def _answer(
     loaded: LoadedModel, index: int, question: Question, arrivals: asyncio.Queue[tuple[int, AnswerDelta] | Exception]
 ) -> None:
-    answer = stream_answer(loaded.engine, loaded.chat_format, question.prompt_tokens, question.sampling)
     try:
-        async with aclosing(answer) as deltas:
+        async with aclosing(_deltas(loaded, question)) as deltas:
             async for delta in deltas:
                 arrivals.put_nowait((index, delta))
     except Exception as error:  # noqa: BLE001 - handed to the reader, who raises it
         arrivals.put_nowait(error)
+
+
+def _deltas(loaded: LoadedModel, question: Question) -> AsyncGenerator[AnswerDelta, None]:
+    return stream_answer(
+        loaded.engine,
+        loaded.chat_format,
+        question.prompt_tokens,
+        question.sampling,
+        with_special=question.with_special,
+    )

@@ -92,8 +92,12 @@ def field_error(findings: Sequence[tuple[tuple[int | str, ...], str, str]]) -> A
 
 def _path(place: tuple[int | str, ...]) -> str:
     """Return pydantic's place of a finding without the members of unions that it tried (``str``, ``list[…]``)."""
-    parts = [part for part in place if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    parts = [part for part in place if isinstance(part, int) or _is_field(part)]
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+
+
+def _is_field(part: str) -> bool:
+    return part.isidentifier() and part != "str" and not part[0].isupper()
 
 
 def as_api_error(error: LuthierError) -> ApiError:

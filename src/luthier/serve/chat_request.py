@@ -9,25 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from luthier.records.example import Message, Role
+from luthier.records.example import Message, Role, Tool, ToolCall
 from luthier.records.stored import Metadata
 from luthier.serve.api_error import ApiError
+from luthier.serve.sampling_options import SamplingOptions
 
-MAX_CHOICES = 128
-MAX_STOPS = 4
+MAX_TOOLS = 128
+MAX_TOP_LOGPROBS = 20
+FUNCTION_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
+OTHER_SERVERS = (
+    *("min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids", "prompt_logprobs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar", "json_schema"),
+    *("chat_template", "chat_template_kwargs", "continue_final_message", "add_generation_prompt", "use_beam_search"),
+)
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "tools": (bool, "tools"),
-    "functions": (bool, "functions"),
-    "tool_choice": (lambda value: value not in (None, "none", "auto"), "a forced tool call"),
-    "function_call": (lambda value: value not in (None, "none", "auto"), "a forced function call"),
-    "response_format": (lambda value: _field(value, "type") not in (None, "text"), "a response format other than text"),
-    "logit_bias": (bool, "a logit bias"),
-    "top_logprobs": (bool, "alternatives to the chosen token (top_logprobs above 0)"),
-    "modalities": (lambda value: value not in (None, ["text"]), "a modality other than text"),
-    "audio": (bool, "audio"),
-    "web_search_options": (lambda value: value is not None, "a web search"),
+    "functions": (bool, "functions are deprecated at OpenAI; give them as tools"),
+    "function_call": (lambda value: value not in (None, "none", "auto"), "deprecated at OpenAI; give tool_choice"),
+    "modalities": (lambda value: value not in (None, ["text"]), "only text comes out of these models"),
+    "audio": (bool, "only text comes out of these models"),
+    "web_search_options": (lambda value: value is not None, "there is no web search here"),
+    "moderation": (lambda value: value is not None, "there is no moderation here"),
+    "reasoning_effort": (lambda value: value not in (None, "none"), "these models answer without reasoning first"),
+    "verbosity": (lambda value: value not in (None, "medium"), "these models have no such setting"),
+    **dict.fromkeys(OTHER_SERVERS, (lambda value: value not in (None, False, [], {}), "not supported here")),
 }
 
 
@@ -38,68 +44,136 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """The function of a call, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class CallParam(BaseModel):
+    """A call that an assistant asked for."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """One turn as OpenAI writes it."""
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    tool_calls: list[CallParam] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
 
     def as_message(self) -> Message:
         """Return the turn as a record; "developer" is the newer word for "system"."""
         role: Role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return Message(role=role, content=self.content)
-        return Message(role=role, content="".join(part.text for part in self.content or ()))
+        if role == "tool":
+            return Message(role=role, content=self.text, tool_call_id=self.tool_call_id, name=self.name)
+        called = self.tool_calls or () if role == "assistant" else ()
+        calls = (ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments) for call in called)
+        return Message(role=role, content=self.text, tool_calls=tuple(calls))
 
 
-class StreamOptions(BaseModel):
-    """Options of a streamed answer."""
-
-    include_usage: bool | None = None
-
-
-class ChatRequest(BaseModel):
-    """A request for one or more answers to a conversation. None is what OpenAI's default is.
-
-    ``return_token_ids`` is vLLM's: the answer's tokens come along as numbers, so that a caller can compare them.
-    """
+class FunctionParam(BaseModel):
+    """A function that may be called; ``parameters`` is the JSON schema of its arguments."""
 
     model_config = ConfigDict(extra="allow")
 
+    name: str = Field(pattern=FUNCTION_NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolParam(BaseModel):
+    """A tool; only functions are known."""
+
+    type: Literal["function"]
+    function: FunctionParam
+
+    def as_tool(self) -> Tool:
+        """Return the tool as a chat template shows it to its model."""
+        return {"type": "function", "function": self.function.model_dump(exclude_unset=True, exclude={"strict"})}
+
+
+class NamedFunction(BaseModel):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """A tool by its name."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(BaseModel):
+    """Some of the tools, of which one may or must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedChoice(BaseModel):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "AllowedChoice" if kind == "allowed_tools" else "NamedTool"
+
+
+ToolChoice = Annotated[
+    Annotated[NamedTool, Tag("NamedTool")] | Annotated[AllowedChoice, Tag("AllowedChoice")],
+    Discriminator(_kind_of_choice),
+]
+
+
+class ResponseFormat(BaseModel):
+    """What an answer must be; ``json_schema`` has a name, and the schema under ``schema``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class ChatRequest(SamplingOptions):
+    """A request for one or more answers to a conversation. None is what OpenAI's default is."""
+
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    seed: int | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolParam], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: str | None = None
     store: bool | None = None
     metadata: Metadata | None = None
-    return_token_ids: bool | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings, without empty ones."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(stop for stop in stops if stop)
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that counts the tokens."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 def refuse_unsupported(request: ChatRequest) -> None:
-    """Refuse what would change an answer and cannot be done here.
+    """Refuse what would change an answer and cannot be done here, and what contradicts itself.
 
     Raises:
         ApiError: 400; ``param`` is the path of the offending field.
@@ -107,16 +181,26 @@ def refuse_unsupported(request: ChatRequest) -> None:
     given = request.model_extra or {}
     for name, (is_used, what) in REFUSED.items():
         if is_used(given.get(name)):
-            raise ApiError(400, f"{name!r}: {what} is not supported here.", param=name, code="unsupported_parameter")
+            raise ApiError(400, f"{name!r}: {what}.", param=name, code="unsupported_parameter")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
     for index, message in enumerate(request.messages):
-        if message.content is None and not (message.model_extra or {}).get("tool_calls"):
-            param = f"messages[{index}].content"
-            raise ApiError(400, f"{param}: Field required", param=param, code="missing_required_parameter")
-        for name in ("tool_calls", "function_call", "audio"):
-            if (message.model_extra or {}).get(name):
-                param = f"messages[{index}].{name}"
-                raise ApiError(400, f"{param}: not supported here.", param=param, code="unsupported_parameter")
+        _check_message(message, f"messages[{index}]")
 
 
-def _field(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else None
+def _check_message(message: ChatMessage, place: str) -> None:
+    if message.role == "tool" and message.tool_call_id is None:
+        _missing(f"{place}.tool_call_id")
+    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        _missing(f"{place}.content")
+    if message.tool_calls and message.role != "assistant":
+        what = f"{place}.tool_calls: only an assistant's turn has them"
+        raise ApiError(400, what, param=f"{place}.tool_calls", code="invalid_value")
+    for name in ("function_call", "audio"):
+        if (message.model_extra or {}).get(name):
+            param = f"{place}.{name}"
+            raise ApiError(400, f"{param}: not supported here.", param=param, code="unsupported_parameter")
+
+
+def _missing(param: str) -> None:
+    raise ApiError(400, f"{param}: Field required", param=param, code="missing_required_parameter")

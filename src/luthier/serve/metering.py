@@ -114,6 +114,11 @@ class MeteredEngine(_Metered[Engine]):
     """An engine whose answers are counted and timed."""
 
     @property
+    def options(self) -> frozenset[str]:
+        """What of a sampling the engine can honour."""
+        return self._engine.options
+
+    @property
     def generated_tokens(self) -> int:
         """How many tokens the engine has made so far."""
         return self._engine.generated_tokens

@@ -111,6 +111,8 @@ def check_engine(sampling: Sampling, options: frozenset[str], *, logprobs: str, 
     for name, value in used.items():
         if value and name not in options:
             refuse(name, "the engine of this model has no such option")
+    if sampling.logprobs is not None and "logprobs" not in options:
+        refuse("logprobs", "the engine of this model does not tell its tokens")
     if sampling.logprobs and ALTERNATIVES not in options:
         refuse(logprobs, "the engine of this model tells the chosen token's logprob alone; give 0")
     if sampling.constraint and "constraint" not in options:

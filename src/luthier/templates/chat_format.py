@@ -8,13 +8,16 @@ The mask is not guessed from special strings. For every assistant turn the conve
 and without the turn; what the turn adds is its span. Each span is tokenised by itself, because at inference the
 model continues from a prompt that was tokenised by itself. Loss falls on the answer and on its end-of-turn token,
 and on nothing behind it: the model never has to produce that.
+
+What a message says never becomes a special token: a content with ``<|im_end|>`` in it is that text, and ends no turn
+(:mod:`luthier.templates.plain_content`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +28,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from luthier.errors import InputError, NotFoundError
-from luthier.records.example import Message
+from luthier.records.example import Message, Tool
+from luthier.templates.plain_content import PlainContent
+from luthier.templates.token_bytes import TokenBytes
+from luthier.templates.tool_formats import ToolFormat, mentions_tools, template_message, tool_format_of, use_tools
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -54,7 +60,12 @@ class RenderedConversation:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How one base model writes a conversation. Make it with :meth:`load`."""
+    """How one base model writes a conversation. Make it with :meth:`load`.
+
+    ``tool_template`` renders conversations with tools; None where the model's template knows none. ``tool_format`` is
+    how its answers write calls, where that is known. ``token_bytes`` has what each token adds to a text, for tokenizers
+    whose tokens do not depend on each other; ``special_ids`` are those that an answer's text leaves out.
+    """
 
     tokenizer: Tokenizer
     template: Template
@@ -62,6 +73,11 @@ class ChatFormat:
     stop_tokens: frozenset[int]
     context_length: int
     pad_token: int
+    tool_template: Template | None = None
+    tool_format: ToolFormat | None = None
+    plain_content: PlainContent = field(default_factory=PlainContent)
+    token_bytes: TokenBytes | None = None
+    special_ids: frozenset[int] = frozenset()
 
     @classmethod
     def load(cls, folder: Path) -> ChatFormat:
@@ -91,13 +107,21 @@ class ChatFormat:
                 hint='add "eos_token" to tokenizer_config.json',
             )
         pad = tokenizer.token_to_id(special["pad_token"]) if "pad_token" in special else None
+        sources = _template_sources(folder, tokenizer_config)
+        with_tools = sources.get("tool_use", sources["default"])
+        knows_tools = _compiles(with_tools) and mentions_tools(_sandbox(), with_tools)
         return cls(
             tokenizer=tokenizer,
-            template=_compile(_template_source(folder, tokenizer_config), folder),
+            template=_compile(sources["default"], folder),
             special_tokens=special,
             stop_tokens=frozenset(stop_tokens),
             context_length=int(config.get("max_position_embeddings") or 2048),
             pad_token=pad if pad is not None else min(stop_tokens),
+            tool_template=_compile(with_tools, folder) if knows_tools else None,
+            tool_format=tool_format_of(with_tools) if knows_tools else None,
+            plain_content=PlainContent(tokenizer, stop_tokens),
+            token_bytes=TokenBytes.of(tokenizer),
+            special_ids=frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special),
         )
 
     @property
@@ -106,26 +130,37 @@ class ChatFormat:
         token = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         return min(self.stop_tokens) if token is None else token
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def text(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, add_generation_prompt: bool) -> str:
         """Return messages as the model's text, with or without the opening of the next answer.
 
         Raises:
-            InputError: the chat template refuses the messages (roles that do not alternate, say).
+            InputError: the chat template refuses the messages (roles that do not alternate, say), or knows no tools.
         """
+        return self.plain_content.shown(self._rendered(messages, tools, add_generation_prompt))
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Tool], add_generation_prompt: bool) -> str:
+        """Return messages as the model's text, with stand-ins for the special tokens that they contain."""
+        uses_tools = bool(tools) or use_tools(messages)
+        if uses_tools and self.tool_template is None:
+            raise InputError("The chat template of this model knows no tools, and the conversation uses them.")
+        template = self.tool_template if uses_tools and self.tool_template is not None else self.template
+        short_ids = self.tool_format is not None and self.tool_format.short_ids
+        keep = self.plain_content.kept
         try:
-            return self.template.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
+            return template.render(
+                messages=[keep(template_message(message, short_ids=short_ids)) for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                **({"tools": keep(list(tools))} if tools else {}),
                 **self.special_tokens,
             )
         except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise InputError(f"The chat template of the base model refuses these messages: {error}") from error
 
-    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Return the tokens from which the model answers."""
-        return self.encode(self.text(messages, add_generation_prompt=True))
+        return self._encode_rendered(self._rendered(messages, tools, add_generation_prompt=True))
 
-    def render(self, messages: Sequence[Message]) -> RenderedConversation:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> RenderedConversation:
         """Return a conversation's tokens and loss mask; see the module's text for the rule.
 
         Raises:
@@ -139,14 +174,14 @@ class ChatFormat:
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self.text(messages[:index], add_generation_prompt=True)
-            after = self.text(messages[: index + 1], add_generation_prompt=False)
+            before = self._rendered(messages[:index], tools, add_generation_prompt=True)
+            after = self._rendered(messages[: index + 1], tools, add_generation_prompt=False)
             if not before.startswith(done) or not after.startswith(before):
                 raise InputError(
                     f"The chat template rewrites earlier turns at message {index + 1}, so no loss mask can be computed."
                 )
-            context = self.encode(before[len(done) :])
-            answer = self.encode(after[len(before) :])
+            context = self._encode_rendered(before[len(done) :])
+            answer = self._encode_rendered(after[len(before) :])
             end = next((i for i, token in enumerate(answer) if token in self.stop_tokens), None)
             learned = (len(answer) if end is None else end + 1) if message.weight else 0
             complete &= end is not None or not message.weight
@@ -160,23 +195,35 @@ class ChatFormat:
         """Return a text's tokens without adding any special token of the tokenizer's own."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of an answer's tokens, up to its end-of-turn token and without special tokens."""
+    def _encode_rendered(self, text: str) -> list[int]:
+        tokens = self.plain_content.encode(text)
+        return self.encode(text) if tokens is None else tokens
+
+    def decode(self, tokens: Sequence[int], *, with_special: bool = False) -> str:
+        """Return the text of an answer's tokens, up to its end-of-turn token; special tokens have text if asked for."""
         end = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))
-        return str(self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=not with_special))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 
-def _template_source(folder: Path, tokenizer_config: dict[str, Any]) -> str:
+def _template_sources(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name; there is always a "default" one."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+        return {"default": (folder / "chat_template.jinja").read_text("utf-8")}
     template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template or PLAIN_TEMPLATE
+    named = {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else {}
+    return {"default": (template if isinstance(template, str) else None) or PLAIN_TEMPLATE} | named
+
+
+def _compiles(source: str) -> bool:
+    try:
+        _sandbox().parse(source)
+    except TemplateError:
+        return False
+    return True
 
 
 def _stop_tokens(tokenizer: Tokenizer, special: dict[str, str], *configs: dict[str, Any]) -> set[int]:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from luthier.errors import InputError
 from luthier.records.columns import Columns
-from luthier.records.example import Conversation, Example, Message
+from luthier.records.example import Conversation, Example, Message, Tool
 from luthier.records.record import Record
 from luthier.records.template import Template
 from luthier.templates.chat_format import ChatFormat, RenderedConversation
@@ -123,7 +123,9 @@ class TemplateRenderer:
             InputError: the example has neither messages nor a template to make them, or a text fails on it.
         """
         if example.messages is not None:
-            return Conversation(example_id=example.id, messages=example.messages, rejected=example.rejected)
+            return Conversation(
+                example_id=example.id, messages=example.messages, rejected=example.rejected, tools=example.tools
+            )
         if not self._texts:
             raise InputError(
                 f"Example {example.id} has fields but no messages, so a template is needed.",
@@ -159,7 +161,7 @@ def tokenize(
     """
 
     def read(conversation: Conversation, report: RenderReport) -> TokenizedExample | Problem:
-        sides = _tokenize_sides([conversation.messages], chat_format, policy, report)
+        sides = _tokenize_sides([conversation.messages], conversation.tools, chat_format, policy, report)
         if isinstance(sides, str):
             return sides
         return TokenizedExample(conversation.example_id, *sides[0], conversation.weight)
@@ -186,10 +188,11 @@ def tokenize_pairs(
 
     def read(pair: Conversation, report: RenderReport) -> TokenizedPair | Problem:
         rejected = pair.rejected or ()
-        if [turn.content.strip() for turn in rejected] == [pair.answer.strip()]:
+        if [_said(turn) for turn in rejected] == [_said(pair.messages[-1])]:
             return "equal_answers"
         answers = (pair.messages[-1:], rejected)
-        sides = _tokenize_sides([pair.ending_in(answer) for answer in answers], chat_format, policy, report)
+        both = [pair.ending_in(answer) for answer in answers]
+        sides = _tokenize_sides(both, pair.tools, chat_format, policy, report)
         if isinstance(sides, str):
             return sides
         chosen, worse = (TokenizedExample(pair.example_id, *side, pair.weight) for side in sides)
@@ -215,7 +218,7 @@ def tokenize_thumbs(
 
     def read(answer: Conversation, report: RenderReport) -> TokenizedExample | Problem:
         whole = answer.ending_in(answer.messages[-1:])
-        sides = _tokenize_sides([whole], chat_format, policy, report)
+        sides = _tokenize_sides([whole], answer.tools, chat_format, policy, report)
         if isinstance(sides, str):
             return sides
         return TokenizedExample(answer.example_id, *sides[0], answer.weight, float(bool(answer.thumb)))
@@ -268,12 +271,16 @@ def _refuse_missing(example_ids: Sequence[str], what: str, hint: str) -> None:
 
 
 def _tokenize_sides(
-    sides: Sequence[Sequence[Message]], chat_format: ChatFormat, policy: RenderPolicy, report: RenderReport
+    sides: Sequence[Sequence[Message]],
+    tools: Sequence[Tool],
+    chat_format: ChatFormat,
+    policy: RenderPolicy,
+    report: RenderReport,
 ) -> list[Side] | Problem:
     """Return the tokens and mask of conversations that differ in their last message alone."""
     if not all(any(_is_learned(turn) for turn in messages) for messages in sides):
         return "empty_mask"
-    rendered = [chat_format.render(messages) for messages in sides]
+    rendered = [chat_format.render(messages, tools) for messages in sides]
     if not all(one.loss_tokens for one in rendered):
         return "empty_mask"
     appended = not all(one.has_end_of_turn for one in rendered)
@@ -282,7 +289,7 @@ def _tokenize_sides(
     room = policy.max_tokens - appended
     truncated = max(map(_learned_length, rendered)) > room
     if truncated:
-        shorter = _shorten(sides, chat_format, room) if policy.too_long == "truncate" else None
+        shorter = _shorten(sides, tools, chat_format, room) if policy.too_long == "truncate" else None
         if shorter is None:
             return "too_long"
         rendered = shorter
@@ -292,7 +299,11 @@ def _tokenize_sides(
 
 
 def _is_learned(turn: Message) -> bool:
-    return turn.role == "assistant" and bool(turn.weight) and bool(turn.content.strip())
+    return turn.role == "assistant" and bool(turn.weight) and turn.says_something
+
+
+def _said(turn: Message) -> tuple[str, list[tuple[str, str]]]:
+    return turn.content.strip(), [(call.name, call.arguments) for call in turn.tool_calls]
 
 
 def _learned_part(rendered: RenderedConversation, chat_format: ChatFormat) -> Side:
@@ -309,7 +320,7 @@ def _learned_length(rendered: RenderedConversation) -> int:
 
 
 def _shorten(
-    sides: Sequence[Sequence[Message]], chat_format: ChatFormat, max_tokens: int
+    sides: Sequence[Sequence[Message]], tools: Sequence[Tool], chat_format: ChatFormat, max_tokens: int
 ) -> list[RenderedConversation] | None:
     """Shorten the longest message of the prompt from its end, in all sides alike, until each of them fits.
 
@@ -325,7 +336,7 @@ def _shorten(
         # A character of several tokens that was cut in two decodes to U+FFFD at the end.
         text = chat_format.tokenizer.decode(content, skip_special_tokens=False).rstrip("\ufffd")
         message = prompt[longest].model_copy(update={"content": text})
-        rendered = [chat_format.render([*side[:longest], message, *side[longest + 1 :]]) for side in sides]
+        rendered = [chat_format.render([*side[:longest], message, *side[longest + 1 :]], tools) for side in sides]
         excess = max(map(_learned_length, rendered)) - max_tokens
         if excess <= 0:
             return rendered

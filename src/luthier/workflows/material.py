@@ -221,7 +221,7 @@ class _Reader:
         assert self.chat_format is not None  # noqa: S101  only models that write are asked
         room = self.chat_format.context_length - answer_tokens
         found = self._beginnings(examples) if self._options.method == "raw_text" else self._conversations(examples)
-        return [one for one in found if len(self.chat_format.prompt_tokens(one.prompt)) <= room]
+        return [one for one in found if len(self.chat_format.prompt_tokens(one.prompt, one.tools)) <= room]
 
     def _conversations(self, examples: Sequence[Example]) -> list[Conversation]:
         return TemplateRenderer(self._template, self._fields).conversations(examples, self._options.columns)

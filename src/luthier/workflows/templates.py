@@ -67,7 +67,7 @@ def _preview(conversation: Conversation, chat_format: ChatFormat) -> Preview:
     sides = [conversation.messages]
     if conversation.rejected:
         sides = [conversation.ending_in(answer) for answer in (conversation.messages[-1:], conversation.rejected)]
-    rendered = [chat_format.render(messages) for messages in sides]
+    rendered = [chat_format.render(messages, conversation.tools) for messages in sides]
     pieces = [_pieces(side, chat_format) for side in rendered]
     return Preview(
         example_id=conversation.example_id,

@@ -113,6 +113,7 @@ class Worker:
         self._connection = connection
         self._inbox = connection.inbox
         self._gate = PrefixGate()
+        self._end: int = pipeline.get_tokenizer().get_eos_token_id()
         self._waiting: dict[int, Request] = {}
         self._running: dict[int, Request] = {}
 
@@ -123,8 +124,17 @@ class Worker:
                 self._handle(message)
             self._admit()
             if self._pipeline.has_non_finished_requests():
-                self._pipeline.step()
+                self._step()
             self._send_deltas()
+
+    def _step(self) -> None:
+        """Compute a token of every answer. Where that fails, what is known of the answers under way is not sure."""
+        try:
+            self._pipeline.step()
+        except RuntimeError as error:
+            for request_id in list(self._running):
+                self._cancel(request_id)
+                self._fail(request_id, f"A step of the engine failed: {error}")
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         idle = not self._waiting and not self._running and not self._pipeline.has_non_finished_requests()
@@ -137,9 +147,17 @@ class Worker:
         if message["op"] == "cancel":
             self._cancel(message["id"])
         elif message["op"] == "generate":
-            config = generation_config(message["sampling"], message["stop_tokens"])
+            config = generation_config(message["sampling"], self._stop_tokens(message))
             tokens = message["tokens"]
             self._waiting[message["id"]] = Request(message["id"], tokens, config, prefix_blocks(tokens))
+
+    def _stop_tokens(self, message: dict[str, Any]) -> list[int]:
+        """Return the tokens that end an answer.
+
+        A grammar knows one token as the end, and takes others for their texts, which may stand in a string.
+        """
+        stop_tokens: list[int] = message["stop_tokens"]
+        return [self._end] if message["sampling"]["constraint"] and self._end in stop_tokens else stop_tokens
 
     def _cancel(self, request_id: int) -> None:
         self._waiting.pop(request_id, None)
@@ -176,7 +194,9 @@ class Worker:
         status = request.handle.get_status().name
         outputs = _read_outputs(request.handle)
         tokens = [token for output in outputs for token in output.generated_ids]
-        logprobs = [round(value, 6) for output in outputs for value in output.generated_log_probs]
+        logprobs = []
+        if request.config.logprobs:
+            logprobs = [round(value, 6) for output in outputs for value in output.generated_log_probs]
         if tokens and not request.has_token:
             request.has_token = True
             self._gate.computed(request.id)
@@ -205,15 +225,22 @@ def generation_config(sampling: dict[str, Any], stop_tokens: list[int]) -> Any:
 
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens = sampling["max_tokens"]
-    config.logprobs = 1
+    config.logprobs = 0 if sampling["logprobs"] is None else 1  # they cost a look at the whole vocabulary
     config.do_sample = sampling["temperature"] > 0
     if config.do_sample:
         config.temperature = sampling["temperature"]
         config.top_p = sampling["top_p"]
+        config.min_p = sampling["min_p"]
+        if sampling["top_k"] is not None:
+            config.top_k = sampling["top_k"]
         seed = sampling["seed"]
         config.rng_seed = random.getrandbits(SEED_BITS) if seed is None else seed % 2**SEED_BITS
     config.presence_penalty = sampling["presence_penalty"]
     config.frequency_penalty = sampling["frequency_penalty"]
+    config.repetition_penalty = sampling["repetition_penalty"]
+    if sampling["constraint"] is not None:
+        grammar = sampling["constraint"]["grammar"]
+        config.structured_output_config = openvino_genai.StructuredOutputConfig(grammar=grammar)
     config.stop_token_ids = set(stop_tokens)
     if stop_tokens:
         config.eos_token_id = min(stop_tokens)

@@ -1,0 +1,1 @@
+"""What an answer must look like, as a grammar that an engine decodes by."""
