@@ -73,7 +73,7 @@ def unready(app: FastAPI) -> list[str]:
     service: Service = app.state.service
     reasons = []
     try:
-        service.store.keys.any()
+        service.store.runs.unfinished()
     except Exception as error:  # noqa: BLE001 - any failure is the answer
         reasons.append(f"the database does not answer ({type(error).__name__})")
     free = shutil.disk_usage(service.store.home).free

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-FLUSH_MILLISECONDS = 3000
+CLOSING_SECONDS = 3.0
 # What the routes that ask models do, in the words of the conventions.
 OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -110,8 +111,9 @@ class _OpenTelemetry:
 
     def close(self) -> None:
         """Send what is left, for a moment at most."""
-        self._provider.force_flush(FLUSH_MILLISECONDS)
-        self._provider.shutdown()
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)  # a collector that is gone holds it up
+        closing.start()
+        closing.join(CLOSING_SECONDS)
 
 
 def _request_attributes(exchange: Exchange, operation: str | None) -> dict[str, Any]:

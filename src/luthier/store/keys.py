@@ -24,6 +24,7 @@ class KeyStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._has_keys = False
 
     def add(
         self, name: str, project: str, scopes: Sequence[Scope], rates: Rates = NO_RATES
@@ -54,8 +55,10 @@ class KeyStore:
 
     def any(self) -> bool:
         """Whether there ever was a key; a revoked one counts, so that revoking the last one opens no door."""
-        with self._database.read() as connection:
-            return connection.execute(sa.select(api_keys.c.id).limit(1)).scalar() is not None
+        if not self._has_keys:  # asked for every request; once there is one, that stays so
+            with self._database.read() as connection:
+                self._has_keys = connection.execute(sa.select(api_keys.c.id).limit(1)).scalar() is not None
+        return self._has_keys
 
     def all(self) -> list[ApiKey]:
         """Return all keys, revoked ones too."""
