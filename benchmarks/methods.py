@@ -130,8 +130,8 @@ TRIALS = {
     "reward": Trial("pandalm_human_prefs", preferences, SMALL, {"method": "reward", "epochs": 2, **SHORT}),
     "kto": Trial("medquad, graded answers", thumbs, SMALL, {"method": "kto", "epochs": 1, **SHORT}),
     "raw_text": Trial("legal_federal_opinions", documents, SMALL, {"method": "raw_text", "epochs": 1}),
-    "classification": Trial("banking77", intents, ENCODER, {"method": "classification", "mode": "full"}),
-    "regression": Trial("vader_tweets", ratings, ENCODER, {"method": "regression", "mode": "full"}),
+    "classification": Trial("banking77", intents, ENCODER, {"method": "classification", "mode": "full", "epochs": 5}),
+    "regression": Trial("vader_tweets", ratings, ENCODER, {"method": "regression", "mode": "full", "epochs": 3}),
 }
 COLUMNS = {"kto": {"thumb": "thumb"}, "raw_text": {"text": "text"}}
 LABELLED = {"label": "label", "text": "text"}
