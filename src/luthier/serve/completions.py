@@ -12,8 +12,9 @@ from typing import Any
 
 from luthier.serve.answers import Choice, Question, answer_all
 from luthier.serve.api_error import ApiError
-from luthier.serve.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
+from luthier.serve.completion_request import CompletionRequest
 from luthier.serve.pool import LoadedModel
+from luthier.serve.sampling_options import refuse, several
 from luthier.serve.text_input import Text
 from luthier.templates.chat_format import ChatFormat
 
@@ -30,24 +31,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """A request that is ready to run: as tokens, bounded, and sure to fit the model's context."""
+    """A request that is ready to run: as tokens, bounded, and sure to fit the model's context.
+
+    ``questions`` are all candidates of the first prompt, then those of the second one, and so on.
+    """
 
     request: CompletionRequest
     loaded: LoadedModel
     prompts: list[Prompt]
+    questions: list[Question]
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def questions(self) -> list[Question]:
-        """All candidates of the first prompt, then those of the second one, and so on."""
-        context = self.loaded.chat_format.context_length
-        limit = self.request.max_tokens or DEFAULT_MAX_TOKENS
-        return [
-            Question(prompt.tokens, self.request.sampling(min(limit, context - len(prompt.tokens)), index))
-            for prompt in self.prompts
-            for index in range(self.request.candidates)
-        ]
 
     def prompt_of(self, candidate: int) -> Prompt:
         """Return the prompt of a candidate."""
@@ -55,17 +49,24 @@ class PromptCompletion:
 
 
 def prepare_completion(request: CompletionRequest, loaded: LoadedModel) -> PromptCompletion:
-    """Make tokens of a request's prompts.
+    """Make tokens of a request's prompts, and settle how they are answered.
 
     A text gets the special tokens that the model's tokenizer puts around one, and no chat format. A request without a
     prompt begins a new document.
 
     Raises:
-        ApiError: 400, where a prompt leaves no room for an answer, or has tokens that are not the model's.
+        ApiError: 400, where a prompt leaves no room for an answer or has tokens that are not the model's, or where the
+            model's engine cannot honour an option.
     """
+    chat_format = loaded.chat_format
     texts = [""] if request.prompt is None else request.prompt
-    prompts = [_prompt(loaded.chat_format, index, text) for index, text in enumerate(texts)]
-    return PromptCompletion(request, loaded, prompts)
+    prompts = [_prompt(chat_format, index, text) for index, text in enumerate(texts)]
+    vocabulary, options = chat_format.tokenizer.get_vocab_size(), loaded.engine.options
+    questions = []
+    for prompt in prompts:
+        sampling = request.bounded(chat_format.context_length - len(prompt.tokens), vocabulary, options)
+        questions += [Question(prompt.tokens, one) for one in several(sampling, request.candidates)]
+    return PromptCompletion(request, loaded, prompts, questions)
 
 
 async def complete(completion: PromptCompletion) -> Dict:
@@ -75,9 +76,8 @@ async def complete(completion: PromptCompletion) -> Dict:
         ApiError: 400, where the best answers are asked for, and the engine does not tell logprobs.
         EngineError: the engine died.
     """
-    questions = completion.questions
-    candidates = [Choice(index) for index in range(len(questions))]
-    async with aclosing(answer_all(completion.loaded, questions)) as deltas:
+    candidates = [Choice(index) for index in range(len(completion.questions))]
+    async with aclosing(answer_all(completion.loaded, completion.questions)) as deltas:
         async for index, delta in deltas:
             candidates[index].add(delta)
     chosen = _best(completion, candidates)
@@ -98,19 +98,19 @@ async def stream_completion(completion: PromptCompletion) -> AsyncGenerator[Dict
     Raises:
         EngineError: the engine died.
     """
-    questions = completion.questions
     completion_tokens = 0
-    offsets = [0] * len(questions)
+    offsets = [0] * len(completion.questions)
     if completion.request.echo:
-        for index in range(len(questions)):
-            yield _chunk(completion, index, completion.prompt_of(index).text)
-    async with aclosing(answer_all(completion.loaded, questions)) as deltas:
+        for index in range(len(completion.questions)):
+            yield _chunk(completion, index, Choice(index, text=completion.prompt_of(index).text))
+    async with aclosing(answer_all(completion.loaded, completion.questions)) as deltas:
         async for index, delta in deltas:
             completion_tokens += delta.token_count
-            logprobs = _logprobs(completion, delta.tokens, delta.logprobs, offsets[index])
-            offsets[index] += len(delta.text)
-            if delta.text or delta.finish_reason or (logprobs and logprobs["tokens"]):
-                yield _chunk(completion, index, delta.text, logprobs, delta.finish_reason, delta.tokens)
+            new = Choice(index)
+            new.add(delta)
+            if new.text or new.finish_reason or (new.tokens and completion.request.shows_tokens):
+                yield _chunk(completion, index, new, offsets[index])
+            offsets[index] += len(new.text)
     if completion.request.include_usage:
         yield _envelope(completion) | {"choices": [], "usage": _usage(completion, completion_tokens)}
 
@@ -153,21 +153,19 @@ def _best(completion: PromptCompletion, candidates: Sequence[Choice]) -> list[Ch
 
 
 def _full_choice(completion: PromptCompletion, index: int, choice: Choice) -> Dict:
-    echoed = completion.prompt_of(choice.index).text if completion.request.echo else ""
-    logprobs = _logprobs(completion, choice.tokens, choice.logprobs, 0)
-    return _choice(completion, index, echoed + choice.text, logprobs, choice.finish_reason, choice.tokens)
+    shown = _choice(completion, index, choice)
+    return shown | {"text": completion.prompt_of(choice.index).text + choice.text} if completion.request.echo else shown
 
 
-def _choice(
-    completion: PromptCompletion,
-    index: int,
-    text: str,
-    logprobs: Dict | None,
-    finish_reason: str | None,
-    tokens: Sequence[int],
-) -> Dict:
-    token_ids = {"token_ids": list(tokens)} if completion.request.return_token_ids else {}
-    return {**token_ids, "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+def _choice(completion: PromptCompletion, index: int, choice: Choice, offset: int = 0) -> Dict:
+    token_ids = {"token_ids": choice.tokens} if completion.request.return_token_ids else {}
+    return {
+        **token_ids,
+        "index": index,
+        "text": choice.text,
+        "logprobs": _logprobs(completion, choice, offset),
+        "finish_reason": choice.finish_reason,
+    }
 
 
 def _envelope(completion: PromptCompletion) -> Dict:
@@ -181,15 +179,8 @@ def _envelope(completion: PromptCompletion) -> Dict:
     return envelope | ({"usage": None} if completion.request.include_usage else {})
 
 
-def _chunk(
-    completion: PromptCompletion,
-    index: int,
-    text: str,
-    logprobs: Dict | None = None,
-    finish_reason: str | None = None,
-    tokens: Sequence[int] = (),
-) -> Dict:
-    return _envelope(completion) | {"choices": [_choice(completion, index, text, logprobs, finish_reason, tokens)]}
+def _chunk(completion: PromptCompletion, index: int, new: Choice, offset: int = 0) -> Dict:
+    return _envelope(completion) | {"choices": [_choice(completion, index, new, offset)]}
 
 
 def _usage(completion: PromptCompletion, completion_tokens: int) -> Dict:
@@ -202,16 +193,31 @@ def _usage(completion: PromptCompletion, completion_tokens: int) -> Dict:
     }
 
 
-def _logprobs(
-    completion: PromptCompletion, tokens: Sequence[int], logprobs: Sequence[float], offset: int
-) -> Dict | None:
-    """Return the legacy shape: parallel lists; with ``logprobs`` 1 the chosen token is the likeliest one."""
-    if completion.request.logprobs is None:
+def _logprobs(completion: PromptCompletion, choice: Choice, offset: int) -> Dict | None:
+    """Return the legacy shape: parallel lists, and for each token the likeliest ones beside it."""
+    asked = completion.request.logprobs
+    if asked is None:
         return None
+    if choice.token_count > len(choice.tokens):
+        refuse("logprobs", "the engine of this model does not tell its tokens")
     chat_format = completion.loaded.chat_format
-    kept = [pair for pair in zip(tokens, logprobs, strict=True) if pair[0] not in chat_format.stop_tokens]
-    texts = [str(chat_format.tokenizer.decode([token], skip_special_tokens=False)) for token, _ in kept]
-    offsets = list(accumulate(map(len, texts[:-1]), initial=offset)) if texts else []
-    values = [logprob for _, logprob in kept]
-    top = [{text: value} for text, value in zip(texts, values, strict=True)] if completion.request.logprobs else None
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+    kept = [place for place, token in enumerate(choice.tokens) if token not in chat_format.stop_tokens]
+    texts = [_text(chat_format, choice.tokens[place]) for place in kept]
+    return {
+        "tokens": texts,
+        "token_logprobs": [choice.logprobs[place] for place in kept],
+        "top_logprobs": [_top(chat_format, choice, place, asked) for place in kept] if asked else None,
+        "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)) if texts else [],
+    }
+
+
+def _top(chat_format: ChatFormat, choice: Choice, place: int, asked: int) -> dict[str, float]:
+    """Return the likeliest tokens and the chosen one; without any told, the chosen one is the likeliest."""
+    told = choice.alternatives[place] if choice.alternatives else {}
+    likeliest = dict(sorted(told.items(), key=lambda item: -item[1])[:asked])
+    found = likeliest | {choice.tokens[place]: choice.logprobs[place]}
+    return {_text(chat_format, token): logprob for token, logprob in found.items()}
+
+
+def _text(chat_format: ChatFormat, token: int) -> str:
+    return str(chat_format.tokenizer.decode([token], skip_special_tokens=False))
