@@ -173,6 +173,12 @@ def test_the_log_becomes_a_dataset_whose_last_message_is_the_answer(live: Live) 
         Message(role="user", content="hello"),
         Message(role="assistant", content="Good morning!"),
     )
+    function = {"name": "weather", "arguments": "{}"}
+    answer = answer | {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+    keep(4, "tool_calls", intent="weather")
+    dataset = import_completions(live.store, "log", project="logging", metadata={"intent": "weather"})
+    (example,) = live.store.datasets.examples(dataset)
+    assert example.messages[-1].tool_calls[0].name == "weather"
     with pytest.raises(InputError, match="none fits"):
         import_completions(live.store, "log", project="logging", model="nobody")
 

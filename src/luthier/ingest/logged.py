@@ -9,6 +9,8 @@ from luthier.records.dataset import BadRow
 from luthier.records.example import Example
 from luthier.records.stored_completion import StoredCompletion
 
+ENDED = ("stop", "tool_calls")
+
 
 def logged_example(stored: StoredCompletion, number: int) -> Example | BadRow:
     """Return a conversation that ends with the first answer, the only turn with a weight; labels become fields.
@@ -21,11 +23,12 @@ def logged_example(stored: StoredCompletion, number: int) -> Example | BadRow:
     answer = choice["message"]
     earlier = [turn | {"weight": 0} if turn.get("role") == "assistant" else turn for turn in stored.request["messages"]]
     try:
-        if choice["finish_reason"] != "stop":
+        if choice["finish_reason"] not in ENDED:
             raise ValueError(f"the answer did not come to its end: its finish_reason is {choice['finish_reason']!r}")
         calls = {"tool_calls": answer["tool_calls"]} if answer.get("tool_calls") else {}
         last = {"role": "assistant", "content": answer["content"], **calls}
-        chat = read_chat_row({"messages": [*earlier, last]})
+        chat = read_chat_row({"messages": [*earlier, last], "tools": stored.request.get("tools") or []})
     except ValueError as error:
         return BadRow(line=number, reason=f"{stored.id}: {error}")
-    return Example(id=stored.id, fields=dict(stored.metadata or {}), messages=chat.messages, line=number)
+    fields = dict(stored.metadata or {})
+    return Example(id=stored.id, fields=fields, messages=chat.messages, tools=chat.tools, line=number)
