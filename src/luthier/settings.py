@@ -30,6 +30,8 @@ class Settings(Record):
     None leaves both to the pool of models.
 
     ``requests_per_minute`` and ``tokens_per_minute`` bound every key that has no bounds of its own; None leaves it free.
+    ``max_requests`` is how many requests one engine answers or holds waiting at once, and ``request_seconds`` how long
+    one may take.
     ``webhook_targets`` says where webhooks may be sent: "any" address, or "public" ones alone.
     """
 
@@ -42,6 +44,8 @@ class Settings(Record):
     max_loaded: int | None = Field(None, ge=1)
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
+    max_requests: int = Field(256, ge=1)
+    request_seconds: float = Field(600, gt=0)
     webhook_targets: Literal["any", "public"] = "any"
 
     @field_validator("engine")
@@ -55,7 +59,8 @@ class Settings(Record):
 def load_settings() -> Settings:
     """Read ``LUTHIER_HOME``, ``LUTHIER_ORGANISATION``, ``LUTHIER_STAND_INS`` (``pattern=base,…``), ``LUTHIER_ENGINE``,
     ``LUTHIER_ENGINE_API_KEY``, ``LUTHIER_ENGINE_MEMORY`` (such as ``12GiB`` or ``60%``), ``LUTHIER_MAX_LOADED``,
-    ``LUTHIER_REQUESTS_PER_MINUTE``, ``LUTHIER_TOKENS_PER_MINUTE`` and ``LUTHIER_WEBHOOK_TARGETS``.
+    ``LUTHIER_REQUESTS_PER_MINUTE``, ``LUTHIER_TOKENS_PER_MINUTE``, ``LUTHIER_MAX_REQUESTS``,
+    ``LUTHIER_REQUEST_SECONDS`` and ``LUTHIER_WEBHOOK_TARGETS``.
 
     Raises:
         InputError: a value breaks its rule.
@@ -71,6 +76,8 @@ def load_settings() -> Settings:
         "max_loaded": os.environ.get("LUTHIER_MAX_LOADED"),
         "requests_per_minute": os.environ.get("LUTHIER_REQUESTS_PER_MINUTE"),
         "tokens_per_minute": os.environ.get("LUTHIER_TOKENS_PER_MINUTE"),
+        "max_requests": os.environ.get("LUTHIER_MAX_REQUESTS"),
+        "request_seconds": os.environ.get("LUTHIER_REQUEST_SECONDS"),
         "webhook_targets": os.environ.get("LUTHIER_WEBHOOK_TARGETS"),
     }
     try:

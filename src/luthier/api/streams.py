@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from luthier.errors import LuthierError
 from luthier.serve.api_error import as_api_error
+from luthier.serve.wire_json import encode_json
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody reads it
 Result = TypeVar("Result")
@@ -33,14 +33,17 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def event(data: dict[str, Any], name: str | None = None) -> str:
-    """Return the text of one event."""
-    line = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(data: dict[str, Any] | str, name: str | None = None) -> str:
+    """Return the text of one event; its data may be JSON text already."""
+    line = f"data: {data if isinstance(data, str) else encode_json(data)}\n\n"
     return f"event: {name}\n{line}" if name else line
 
 
-async def chunk_events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
-    """Yield a streamed answer; a failure in the middle is an event too, since the status is already sent."""
+async def chunk_events(chunks: AsyncGenerator[dict[str, Any] | str, None]) -> AsyncGenerator[str, None]:
+    """Yield a streamed answer, given as chunks or as their JSON texts.
+
+    A failure in the middle is an event too, since the status is already sent.
+    """
     try:
         async with aclosing(chunks):
             async for chunk in chunks:

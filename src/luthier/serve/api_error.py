@@ -61,8 +61,8 @@ class ApiError(LuthierError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that steer the client's retries: a conflict is not worth one, an engine that died is."""
-        if self.status == 409:
+        """Headers that steer the client's retries: an engine that died is worth one, a conflict is not."""
+        if self.status in (409, 504):
             return {"x-should-retry": "false"}
         if self.retry_after_seconds is not None:
             seconds = self.retry_after_seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -19,9 +18,9 @@ from luthier.serve.chat_request import ChatRequest
 from luthier.serve.chat_tools import ToolUse, constraint_of, tool_use
 from luthier.serve.pool import LoadedModel
 from luthier.serve.sampling_options import check_engine, several
+from luthier.serve.wire_json import encode_json
 
 Dict = dict[str, Any]
-encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)

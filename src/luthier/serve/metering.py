@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from luthier.llm.engine_interface import Encoder, Engine, RunningModel, TokenDelta
 from luthier.records.completion import Sampling
+from luthier.serve.deadline import Deadline
 from luthier.serve.usage import USAGE, Usage
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -70,10 +71,11 @@ class ModelMetrics:
 class _Metered(Generic[Running]):
     """A running model, for one request."""
 
-    def __init__(self, engine: Running, model: str, metrics: ModelMetrics) -> None:
+    def __init__(self, engine: Running, model: str, metrics: ModelMetrics, deadline: Deadline) -> None:
         self._engine = engine
         self._model = model
         self._metrics = metrics
+        self._deadline = deadline
 
     @property
     def alive(self) -> bool:
@@ -103,11 +105,13 @@ class MeteredEncoder(_Metered[Encoder]):
 
         Raises:
             EngineError: the encoder refused a text, or it died.
+            ApiError: 504, where the request's deadline has come.
         """
         for text in texts:
             self._metrics.count_prompt(self._model, text)
         with self._metrics.running.labels(self._model).track_inprogress():
-            return await self._engine.embed(texts)
+            async with self._deadline.within():
+                return await self._engine.embed(texts)
 
 
 class MeteredEngine(_Metered[Engine]):
@@ -131,6 +135,7 @@ class MeteredEngine(_Metered[Engine]):
         Raises:
             EngineError: the engine refused the prompt, or it died.
             CapacityError: the engine has no room for a further request now.
+            ApiError: 504, where the request's deadline has come.
         """
         usage = USAGE.get() or Usage()
         self._metrics.count_prompt(self._model, prompt_tokens)
@@ -138,7 +143,8 @@ class MeteredEngine(_Metered[Engine]):
         made = 0
         with self._metrics.running.labels(self._model).track_inprogress():
             try:
-                async with aclosing(self._engine.generate(prompt_tokens, sampling, stop_tokens)) as deltas:
+                answer = self._engine.generate(prompt_tokens, sampling, stop_tokens)
+                async with aclosing(self._deadline.limit(answer)) as deltas:
                     async for delta in deltas:
                         last = time.perf_counter()
                         if not first:

@@ -16,6 +16,7 @@ from luthier.llm.encoder_process import EncoderProcess
 from luthier.llm.engine_interface import Encoder, Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.access import DEFAULT_PROJECT
+from luthier.serve.deadline import Deadline, RequestLimits
 from luthier.serve.engine_memory import GIGABYTE, MemoryNeed, default_budget, encoder_need, need_of
 from luthier.serve.metering import MeteredEncoder, MeteredEngine, ModelMetrics
 from luthier.templates.chat_format import ChatFormat
@@ -116,6 +117,7 @@ class ModelPool:
             run elsewhere, with a memory of its own, and only ``max_loaded`` bounds it.
         room_deadline_seconds: How long a request waits for room when all engines are busy.
         sweep_seconds: How often deleted models and grown engines are looked for.
+        limits: How many requests one engine takes at once, and how long each may take.
     """
 
     def __init__(
@@ -130,9 +132,11 @@ class ModelPool:
         start: StartEngine | None = None,
         room_deadline_seconds: float = ROOM_DEADLINE_SECONDS,
         sweep_seconds: float = SWEEP_SECONDS,
+        limits: RequestLimits | None = None,
     ) -> None:
         self._resolve = resolve
         self._resolve_encoder = resolve_encoder
+        self._limits = limits or RequestLimits()
         self._names = names
         self._max_loaded = max_loaded
         self._memory_bytes = default_budget() if memory_bytes is None else memory_bytes
@@ -177,11 +181,13 @@ class ModelPool:
             InputError: the model does not write.
             EngineError: the model cannot be loaded.
             CapacityError: the model is larger than all engines may be, or they stayed busy until the deadline.
+            ApiError: 429, where the model is asked by as many as it takes; 504, where it was not loaded in time.
         """
         folder = await asyncio.to_thread(self._resolve, project, name)
         need = need_of(folder, self._options.cache_gigabytes)
-        async with self._hold(name, folder, need, self._load_model) as loaded:
-            yield replace(loaded, engine=MeteredEngine(loaded.engine, name, self.metrics))
+        deadline = Deadline(self._limits.seconds)
+        async with self._hold(name, folder, need, self._load_model, deadline) as loaded:
+            yield replace(loaded, engine=MeteredEngine(loaded.engine, name, self.metrics, deadline))
 
     @contextlib.asynccontextmanager
     async def lease_encoder(self, name: str, project: str = DEFAULT_PROJECT) -> AsyncIterator[LoadedEncoder]:
@@ -192,10 +198,12 @@ class ModelPool:
             InputError: the model is no encoder.
             EngineError: the model cannot be loaded.
             CapacityError: the model is larger than all engines may be, or they stayed busy until the deadline.
+            ApiError: 429, where the model is asked by as many as it takes; 504, where it was not loaded in time.
         """
         folder = await asyncio.to_thread(self._resolve_encoder, project, name)
-        async with self._hold(name, folder, encoder_need(folder), self._load_encoder) as loaded:
-            yield replace(loaded, engine=MeteredEncoder(loaded.engine, name, self.metrics))
+        deadline = Deadline(self._limits.seconds)
+        async with self._hold(name, folder, encoder_need(folder), self._load_encoder, deadline) as loaded:
+            yield replace(loaded, engine=MeteredEncoder(loaded.engine, name, self.metrics, deadline))
 
     async def close(self) -> None:
         """End all engines; requests in flight fail."""
@@ -208,14 +216,21 @@ class ModelPool:
 
     @contextlib.asynccontextmanager
     async def _hold(
-        self, name: str, folder: Path, need: MemoryNeed, load: Callable[[Path], Awaitable[Loaded]]
+        self,
+        name: str,
+        folder: Path,
+        need: MemoryNeed,
+        load: Callable[[Path], Awaitable[Loaded]],
+        deadline: Deadline,
     ) -> AsyncIterator[Loaded]:
         slot = self._slot(folder, need, load)
+        self._limits.check(slot.users, name)
         slot.users += 1
         slot.name = name
         try:
             with self.metrics.wait_for(name):
-                loaded = await asyncio.shield(slot.loading)
+                async with deadline.within():
+                    loaded = await asyncio.shield(slot.loading)
             yield cast("Loaded", loaded)
         finally:
             slot.users -= 1

@@ -15,6 +15,7 @@ from luthier.llm.engine_interface import Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.llm.engine_servers import EngineServers, Servable
 from luthier.records.base_model import BaseModelInfo
+from luthier.serve.deadline import RequestLimits
 from luthier.serve.pool import MAX_LOADED, ModelPool, ServedModelInfo
 from luthier.settings import Settings
 from luthier.store.store import Store
@@ -84,6 +85,7 @@ def model_pool(
         start=start,
         max_loaded=(settings and settings.max_loaded) or usual,
         memory_bytes=settings.engine_memory if settings else None,
+        limits=RequestLimits(settings.max_requests, settings.request_seconds) if settings else None,
     )
 
 

@@ -17,7 +17,7 @@ from luthier.errors import InputError, NotFoundError
 from luthier.records.access import Caller
 from luthier.records.stored import Metadata
 from luthier.serve.api_error import ApiError, model_not_found
-from luthier.serve.chat import complete_chat, prepare_chat, stream_chat
+from luthier.serve.chat import complete_chat, prepare_chat, stream_chat, stream_chat_text
 from luthier.serve.chat_request import ChatRequest, refuse_unsupported
 from luthier.serve.pool import LoadedModel
 from luthier.store.collection import Order
@@ -49,8 +49,8 @@ async def create_chat_completion(body: ChatRequest, request: Request, caller: Re
         loaded = await lease(resources, service, caller, body.model)
         chat = prepare_chat(counted(body) if log else body, loaded)
         if body.stream:
-            chunks = stream_chat(chat)
-            return EventStream(chunk_events(log.keeping(chunks) if log else chunks), resources.pop_all())
+            events = chunk_events(log.keeping(stream_chat(chat)) if log else stream_chat_text(chat))
+            return EventStream(events, resources.pop_all())
         completion = await unless_disconnected(request, complete_chat(chat))
     if completion and log:
         await log.keep(completion)
