@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +15,7 @@ from luthier.store.store import Store
 from luthier.workflows.deliveries import EVENTS
 from luthier.workflows.models import pull
 from tests.api.conftest import Live
-from tests.api.test_sdk_majors import SDKS
+from tests.api.test_graders_api import run_strictly
 from tests.cli.test_up import Up
 
 PATIENCE_SECONDS = 120
@@ -476,10 +473,4 @@ def test_after_a_kill_the_next_server_grades_what_is_left(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("major", ["1", "2", "3"])
 def test_each_major_of_the_package_reads_the_answers_strictly(live: Live, major: str) -> None:
-    folder = SDKS / major
-    environment = dict(os.environ)
-    if folder.is_dir():
-        environment["PYTHONPATH"] = f"{folder}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-c", PROGRAM, f"{live.url}/v1"]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run_strictly(major, PROGRAM, live.url)

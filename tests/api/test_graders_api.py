@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -157,14 +156,17 @@ def test_a_key_that_only_reads_runs_no_grader(start_live: Callable[..., Live]) -
         reader.fine_tuning.alpha.graders.validate(grader=CHECK)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("major", ["1", "2", "3"])
-def test_each_major_of_the_package_reads_the_answers_strictly(live: Live, major: str) -> None:
+def run_strictly(major: str, program: str, url: str) -> None:
+    """Run a program with one major of the ``openai`` package."""
     folder = SDKS / major
     environment = dict(os.environ)
     if folder.is_dir():
         environment["PYTHONPATH"] = f"{folder}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-c", PROGRAM, f"{live.url}/v1"]
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program, f"{url}/v1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("major", ["1", "2", "3"])
+def test_each_major_of_the_package_reads_the_answers_strictly(live: Live, major: str) -> None:
+    run_strictly(major, PROGRAM, live.url)

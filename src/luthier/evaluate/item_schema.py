@@ -16,6 +16,8 @@ from pydantic_core import SchemaError
 from luthier.errors import InputError
 
 MAX_PROBLEMS = 5
+# What the package raises by accident where a schema or a number is odd.
+SURPRISES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class ItemSchema:
@@ -33,12 +35,14 @@ class ItemSchema:
     """
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
-        kind = validator_for(schema, default=Draft202012Validator)
+        if not isinstance(schema.get("$schema", ""), str):
+            raise InputError("not a JSON schema: $schema must be a text")
         try:
+            kind = validator_for(schema, default=Draft202012Validator)
             kind.check_schema(schema)
             for pattern in _patterns(schema):
                 _matcher(pattern)
-        except (jsonschema.SchemaError, SchemaError, PydanticSchemaGenerationError) as error:
+        except (jsonschema.SchemaError, SchemaError, PydanticSchemaGenerationError, *SURPRISES) as error:
             message = " ".join(str(getattr(error, "message", error)).split())
             raise InputError(f"not a JSON schema: {message[:200]}") from error
         except RecursionError as error:
@@ -66,6 +70,8 @@ class ItemSchema:
             raise InputError(f"item_schema refers to {error.ref!r}, which is not in it.") from error
         except RecursionError as error:
             raise InputError("item_schema refers to itself without end, or the item is nested too deeply.") from error
+        except SURPRISES as error:
+            raise InputError(f"item_schema cannot be checked on this item: {error}") from error
         return found
 
     def lacks(self, fields: set[str]) -> list[str]:
