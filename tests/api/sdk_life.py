@@ -72,7 +72,9 @@ def stored(client: openai.OpenAI) -> None:
     )
     found = client.chat.completions.list(metadata={"ticket": openai.__version__})
     assert [completion.id for completion in found] == [kept.id]
-    assert client.chat.completions.messages.list(kept.id).data[0].content == "hello"
+    # The package's type of these messages knows the role "assistant" alone: a strict client reads no question at all.
+    loose = openai.OpenAI(base_url=str(client.base_url), api_key="none", max_retries=0)
+    assert loose.chat.completions.messages.list(kept.id).data[0].content == "hello"
     assert client.chat.completions.update(kept.id, metadata={"done": "yes"}).metadata == {"done": "yes"}
     assert client.chat.completions.delete(kept.id).deleted
 
@@ -110,7 +112,10 @@ def fine_tuning(client: openai.OpenAI) -> str:
         training_file=file.id,
         suffix="life",
         seed=7,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": 8, "batch_size": 4, "learning_rate_multiplier": 5.0}},
+        },
     )
     assert job.id in [one.id for one in client.fine_tuning.jobs.list()]
     job = until(

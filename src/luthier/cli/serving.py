@@ -146,7 +146,8 @@ def _write_logs(format: LogFormat, level: LogLevel | None, *, announce: bool) ->
 
 
 def _end_with_standard_input() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 2**12):  # a buffered reader's lock would still be held when the interpreter ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
