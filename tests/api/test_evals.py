@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from luthier.store.store import Store
 from luthier.workflows.deliveries import EVENTS
 from luthier.workflows.models import pull
 from tests.api.conftest import Live
-from tests.api.test_graders_api import run_strictly
+from tests.api.test_sdk_majors import SDKS
 from tests.cli.test_up import Up
 
 PATIENCE_SECONDS = 120
@@ -69,6 +72,15 @@ logs = client.evals.create(data_source_config={"type": "logs", "metadata": {"a":
 assert {made.id, logs.id} <= {one.id for one in client.evals.list()}
 assert client.evals.retrieve(logs.id).data_source_config.metadata == {"a": "b"}
 assert client.evals.delete(logs.id).eval_id == logs.id
+
+check = {"type": "string_check", "name": "n", "input": "{{sample.output_text}}", "reference": "a", "operation": "eq"}
+graders = client.fine_tuning.alpha.graders
+assert graders.run(grader=check, model_sample="a").reward == 1
+assert graders.run(grader=score, model_sample="a", item={"q": "q"}).metadata.errors.invalid_variable_error is False
+multi = {"type": "multi", "name": "m", "graders": check, "calculate_output": "2 * n"}
+assert graders.run(grader=multi, model_sample="a").sub_rewards == {"n": 1}
+for grader in (check, score, multi):
+    assert graders.validate(grader=grader).grader.type == grader["type"]
 """
 
 
@@ -473,4 +485,10 @@ def test_after_a_kill_the_next_server_grades_what_is_left(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("major", ["1", "2", "3"])
 def test_each_major_of_the_package_reads_the_answers_strictly(live: Live, major: str) -> None:
-    run_strictly(major, PROGRAM, live.url)
+    folder = SDKS / major
+    environment = dict(os.environ)
+    if folder.is_dir():
+        environment["PYTHONPATH"] = f"{folder}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", PROGRAM, f"{live.url}/v1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]

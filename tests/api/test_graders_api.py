@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +9,6 @@ import pytest
 
 from luthier.workflows import graders
 from tests.api.conftest import Live
-from tests.api.test_sdk_majors import SDKS
 
 CHECK = {
     "type": "string_check",
@@ -28,20 +25,6 @@ CODE = {
 JUDGE = {"name": "judge", "model": "tiny-base", "input": [{"role": "user", "content": "Good? {{sample.output_text}}"}]}
 MULTI = {"type": "multi", "name": "both", "graders": {"a": CHECK, "b": CODE}, "calculate_output": "0.5 * a + 0.5 * b"}
 ITEM = {"answer": "paris", "most": 10}
-PROGRAM = """
-import sys, openai
-client = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0, _strict_response_validation=True)
-check = {"type": "string_check", "name": "n", "input": "{{sample.output_text}}", "reference": "a", "operation": "eq"}
-judge = {"type": "score_model", "name": "n", "model": "tiny-base", "range": [0, 2]}
-judge["input"] = [{"role": "user", "content": "x"}]
-graders = client.fine_tuning.alpha.graders
-assert graders.run(grader=check, model_sample="a").reward == 1
-assert graders.run(grader=judge, model_sample="a").metadata.errors.invalid_variable_error is False
-multi = {"type": "multi", "name": "m", "graders": check, "calculate_output": "2 * n"}
-assert graders.run(grader=multi, model_sample="a").sub_rewards == {"n": 1}
-for grader in (check, judge, multi):
-    assert graders.validate(grader=grader).grader.type == grader["type"]
-"""
 
 
 def run(live: Live, grader: Any, sample: str, item: Any = ITEM) -> Any:
@@ -154,19 +137,3 @@ def test_a_key_that_only_reads_runs_no_grader(start_live: Callable[..., Live]) -
     reader = live.client(live.key("default", "read"))
     with pytest.raises(openai.PermissionDeniedError):
         reader.fine_tuning.alpha.graders.validate(grader=CHECK)  # type: ignore[arg-type]
-
-
-def run_strictly(major: str, program: str, url: str) -> None:
-    """Run a program with one major of the ``openai`` package."""
-    folder = SDKS / major
-    environment = dict(os.environ)
-    if folder.is_dir():
-        environment["PYTHONPATH"] = f"{folder}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-c", program, f"{url}/v1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.mark.parametrize("major", ["1", "2", "3"])
-def test_each_major_of_the_package_reads_the_answers_strictly(live: Live, major: str) -> None:
-    run_strictly(major, PROGRAM, live.url)
