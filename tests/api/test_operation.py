@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 
+import luthier
 from luthier.api.app import create_app
 from luthier.api.logs import JsonLines, TextLines
 from luthier.api.loopback import call
@@ -205,6 +207,19 @@ def test_metrics_of_names_that_nobody_has_are_not_kept(live: Live) -> None:
     text = httpx.get(f"{live.url}/metrics").text
     assert "nobody-knows-this" not in text
     assert "WEIRD" not in text
+
+
+def test_the_page_of_operation_names_every_setting_and_every_metric(live: Live) -> None:
+    root = Path(luthier.__file__).parents[2]
+    page = (root / "docs" / "service" / "operations.md").read_text("utf-8")
+    read = [re.findall(r"LUTHIER_[A-Z]\w*", path.read_text("utf-8")) for path in (root / "src").rglob("*.py")]
+    assert not {name for names in read for name in names if f"`{name}`" not in page}
+    families = text_string_to_metric_families(httpx.get(f"{live.url}/metrics").text)
+    ours = [
+        one.name + ("_total" if one.type == "counter" else "") for one in families if one.name.startswith("luthier")
+    ]
+    assert len(ours) > 10
+    assert not {name for name in ours if not name.endswith("_created") and f"`{name}`" not in page}
 
 
 def spans(receiver: Receiver) -> list[Span]:

@@ -36,6 +36,7 @@ ALWAYS = {
 }
 WITH_CHANGES = {"409": "The state of a thing forbids it."}
 WITH_BODY = {
+    "504": "It took longer than a request may.",
     "408": "The body stopped coming.",
     "413": "The body is too large.",
     "415": "No route takes a body of this type.",
