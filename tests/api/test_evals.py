@@ -271,14 +271,14 @@ def test_rows_that_do_not_fit_the_schema_are_named(live: Live) -> None:
     eval_id = made(client)
     with pytest.raises(openai.BadRequestError, match="'q' is a required property") as caught:
         client.evals.runs.create(eval_id, data_source=asking(inline({"item": {"q": "a"}}, {"item": {"a": "b"}})))  # type: ignore[arg-type]
-    assert caught.value.param == "data_source.source.content[1].item"
+    assert caught.value.param == "data_source.source.content[1]"
     lines = [{"item": {"q": "a"}}, {"item": {"q": 3}}, {"q": "a"}, {"item": {"q": "b", "a": "B!"}}]
     content = "\n".join(map(json.dumps, lines)).encode()
     file = client.files.create(file=("rows.jsonl", content), purpose="evals")
     run, found = done(client, eval_id, asking({"type": "file_id", "id": file.id}))
     assert (run.status, run.error.code, found) == ("failed", "run_failed", [])
     assert "line 2: item.q: 3 is not of type 'string'" in run.error.message
-    assert "line 3: 'item' must be an object" in run.error.message
+    assert "line 3: item: Field required" in run.error.message
     assert "line 4: item.a: 'B!' does not match" in run.error.message
 
 
@@ -373,6 +373,11 @@ def test_a_run_of_a_model_that_does_not_exist_fails(live: Live) -> None:
         ({"type": "jsonl"}, "data_source.source", "required"),
         ({"type": "jsonl", "source": {"type": "stored_completions"}}, "data_source.source.type", "must be one of"),
         ({"type": "jsonl", "source": inline()}, "data_source.source.content", "at least 1 item"),
+        (
+            {"type": "jsonl", "source": inline({"item": {"q": "a"}, "sample": {"choices": 5}})},
+            "data_source.source.content[0].sample.choices",
+            "valid list",
+        ),
         (asking(items("a"), model=None), "data_source.model", "required"),
         (asking(items("a"), input_messages=None), "data_source.input_messages", "required"),
         (

@@ -34,11 +34,25 @@ class LoggedData(Written):
     metadata: Metadata | None = None
 
 
+class GivenChoice(Written):
+    """An answer, as chat completions have it."""
+
+    message: Json | None = None
+
+
+class GivenSample(Written):
+    """A sample that is there already; templates can name its other fields too."""
+
+    output_text: str | None = None
+    output_tools: list[Json] | None = None
+    choices: list[GivenChoice] | None = None
+
+
 class GivenRow(Written):
     """An item, and a sample where there is one already."""
 
     item: Json
-    sample: Json | None = None
+    sample: GivenSample | None = None
 
 
 class FileContent(Written):

@@ -82,6 +82,7 @@ class _Execution:
             await self._context.say(f"There are {total:,} items to evaluate")
         await self._context.unless_asked(self._work())
         run = await asyncio.to_thread(self._store.evals.runs.get, self._run.project, self._run.id)
+        self._rows.unlink(missing_ok=True)
         return run.tally.model_dump(include={"passed", "failed", "errored"})
 
     def _write_rows(self) -> int:
@@ -123,13 +124,11 @@ class _Execution:
                 await asyncio.to_thread(self._store.evals.keep, self._run, items)
 
     async def _evaluate(self, row: Row) -> OutputItem:
-        sample, messages, used = row.sample or {}, _logged_messages(row), ModelTally()
+        sample, messages, used = _given_sample(row), _logged_messages(row), ModelTally()
         try:
             if self._source.model is not None:
                 messages = await asyncio.to_thread(asked_messages, self._messages or LOGGED_INPUT, row.item)
                 sample, used = await self._sample(self._source.model, messages)
-            elif "output_text" in sample and "output_json" not in sample:
-                sample = sample_of(str(sample["output_text"]), sample.get("output_tools") or ()) | sample
         except GradingError as error:
             shown = shown_sample(messages, {}, self._params, used, {"code": error.kind, "message": str(error)})
             return _item(self._run, row, shown, [], {})
@@ -146,6 +145,14 @@ class _Execution:
         if answer.status != 200:
             raise GradingError("other_error", refusal_of(answer))
         return read_answer(answer.body, responses=self._responses), usage_of(answer.body)
+
+
+def _given_sample(row: Row) -> Json:
+    """Return the sample of a row, with what follows from its text; nothing where it has none."""
+    given = {name: value for name, value in (row.sample or {}).items() if value is not None}
+    if "output_text" not in given:
+        return given
+    return sample_of(given["output_text"], given.get("output_tools") or ()) | given
 
 
 def _logged_messages(row: Row) -> list[Json]:

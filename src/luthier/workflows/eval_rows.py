@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from luthier.errors import InputError
 from luthier.evaluate.item_schema import ItemSchema
 from luthier.ingest.readers import read_rows
 from luthier.records.dataset import BadRow, SourceFormat
-from luthier.records.eval import FileContent, FileId, RowSource
+from luthier.records.eval import FileContent, FileId, GivenRow, RowSource
 from luthier.store.store import Store
 from luthier.workflows.eval_logs import logged_rows
 from luthier.workflows.files import file_path
@@ -64,11 +66,11 @@ def problems_of(row: Json | str, schema: ItemSchema | None) -> list[str]:
     """
     if isinstance(row, str):
         return [row]
-    if not isinstance(row.get("item"), dict):
-        return ["'item' must be an object"]
-    if not isinstance(row.get("sample", {}), dict | None):
-        return ["'sample' must be an object"]
-    return schema.problems(row["item"]) if schema else []
+    try:
+        item = GivenRow.model_validate(row).item
+    except ValidationError as error:
+        return [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+    return schema.problems(item) if schema else []
 
 
 def read_written_rows(path: Path, without: set[int]) -> Iterator[Row]:
@@ -83,7 +85,7 @@ def read_written_rows(path: Path, without: set[int]) -> Iterator[Row]:
 def _rows(store: Store, project: str, source: RowSource) -> Iterable[tuple[str, Json | str]]:
     """Yield each row with the place where it stands; a text says what is wrong with it."""
     if isinstance(source, FileContent):
-        rows = (row.model_dump(include={"item", "sample"}, exclude_none=True) for row in source.content)
+        rows = (row.model_dump(include={"item", "sample"}) for row in source.content)
         return ((f"content[{number}]", row) for number, row in enumerate(rows))
     if isinstance(source, FileId):
         lines = read_rows(file_path(store, project, source.id), SourceFormat(kind="jsonl"))

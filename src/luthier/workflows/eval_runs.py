@@ -19,6 +19,7 @@ from luthier.records.eval import (
     ItemReference,
     ItemStatus,
     LoggedCompletions,
+    LoggedData,
     LoggedResponses,
     OutputItem,
     RowSource,
@@ -32,7 +33,7 @@ from luthier.store.collection import BLOCK, Order
 from luthier.store.store import Store
 from luthier.workflows.eval_rows import problems_of
 from luthier.workflows.eval_sampling import NO_ERROR
-from luthier.workflows.evals import DATA, remove_run, schema_of
+from luthier.workflows.evals import data_of, remove_run, schema_of
 from luthier.workflows.files import file_for
 from luthier.workflows.written import read_written, refused
 
@@ -67,11 +68,12 @@ def create_run(
     """
     eval = store.evals.evals.get(project, eval_id)
     source = _checked(store, project, eval, data_source)
+    data = data_of(eval)
     id = new_id("evalrun_")
     plan = RunPlan(
         data_source=data_source,
-        item_schema=eval.data_source_config.get("item_schema"),
-        logged_metadata=eval.data_source_config.get("metadata"),
+        item_schema=None if isinstance(data, LoggedData) else data.item_schema,
+        logged_metadata=data.metadata if isinstance(data, LoggedData) else None,
         criteria=eval.testing_criteria,
     )
     (store.run_folder(id) / PLAN_FILE).write_text(plan.model_dump_json(), "utf-8")
@@ -292,11 +294,11 @@ def _check_file(store: Store, project: str, source: FileId) -> None:
 
 
 def _check_rows(eval: Eval, source: FileContent) -> None:
-    schema = schema_of(read_written(DATA, eval.data_source_config, ("data_source_config",)), ("item_schema",))
+    schema = schema_of(data_of(eval), ("item_schema",))
     for number, row in enumerate(source.content):
-        place = (*PLACE, "source", "content", number, "item")
+        place = (*PLACE, "source", "content", number)
         try:
-            problems = problems_of({"item": row.item}, schema)
+            problems = problems_of(row.model_dump(), schema)
         except InputError as error:
             raise refused(place, str(error)) from error
         if problems:

@@ -88,9 +88,7 @@ def shown_sample(
     messages: list[Json], sample: Mapping[str, Any], params: SamplingParams, used: ModelTally, error: Json | None = None
 ) -> Json:
     """Return a sample as an output item shows it; numbers that nobody chose are those that hold by default."""
-    choices = sample.get("choices")
-    answers = [one.get("message") or {} for one in choices or () if isinstance(one, dict)]
-    output = answers or ([{"role": "assistant", "content": sample["output_text"]}] if "output_text" in sample else [])
+    output = [choice.get("message") or {} for choice in sample.get("choices") or ()]
     return {
         "input": [_shown(one) for one in messages],
         "output": [_shown(one) for one in output],

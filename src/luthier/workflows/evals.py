@@ -149,22 +149,26 @@ def schema_of(data: CustomData | LoggedData, place: Place) -> ItemSchema | None:
         raise refused(place, str(error)) from error
 
 
+def data_of(eval: Eval) -> CustomData | LoggedData:
+    """Return where an eval's items come from."""
+    return read_written(DATA, eval.data_source_config, ("data_source_config",))
+
+
 def eval_object(eval: Eval) -> Json:
     """Return an eval as ``eval``."""
-    config = eval.data_source_config
-    item = config.get("item_schema", ANY_OBJECT)
-    has_sample = config["type"] != "custom" or config.get("include_sample_schema")
-    properties = {"item": item} | ({"sample": SAMPLE_SCHEMA} if has_sample else {})
-    shown: Json = {
-        "type": config["type"],
-        "schema": {"type": "object", "properties": properties, "required": list(properties)},
-    }
+    data = data_of(eval)
+    if isinstance(data, LoggedData):
+        properties, labels = {"item": ANY_OBJECT, "sample": SAMPLE_SCHEMA}, {"metadata": data.metadata}
+    else:
+        sample = {"sample": SAMPLE_SCHEMA} if data.include_sample_schema else {}
+        properties, labels = {"item": data.item_schema} | sample, {}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
     return {
         "id": eval.id,
         "object": "eval",
         "name": eval.name,
         "created_at": eval.created_at,
-        "data_source_config": shown | ({"metadata": config.get("metadata")} if config["type"] != "custom" else {}),
+        "data_source_config": {"type": data.type, "schema": schema, **labels},
         "testing_criteria": list(eval.testing_criteria),
         "metadata": eval.metadata or {},
     }
