@@ -57,8 +57,13 @@ def run(shelf: Shelf, scenario: Callable[[ModelPool], Awaitable[None]], **option
 
 
 async def touch(pool: ModelPool, name: str) -> LoadedModel:
-    async with pool.lease(name) as loaded:
-        return loaded
+    async with pool.lease(name) as leased:
+        return shared(pool, leased)
+
+
+def shared(pool: ModelPool, leased: LoadedModel) -> LoadedModel:
+    """Return the model that all requests share, whose engine is metered for each of them."""
+    return next(model for model in pool.loaded if model.engine is leased.engine._engine)
 
 
 async def until(condition: Callable[[], bool]) -> None:
