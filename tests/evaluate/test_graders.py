@@ -79,7 +79,9 @@ def test_what_a_template_names_has_to_be_there(source: str, kind: str) -> None:
 
 
 def test_a_template_that_names_anything_else_is_refused() -> None:
-    with pytest.raises(InputError, match=r"names itme; only item\.… and sample\.… can be named here\. Did you mean .item."):
+    with pytest.raises(
+        InputError, match=r"names itme; only item\.… and sample\.… can be named here\. Did you mean .item."
+    ):
         check_template("{{itme.q}}", "input")
     with pytest.raises(InputError, match="not valid handlebars"):
         check_template("{{#if item.q}}", "input")
