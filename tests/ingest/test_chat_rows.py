@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from luthier.ingest.chat_rows import ChatRow, is_chat_row, read_chat_row, read_messages
-from luthier.records.example import Message
+from luthier.records.example import Message, ToolCall
 
 SYSTEM = {"role": "system", "content": "Be brief"}
 USER = {"role": "user", "content": "hi"}
@@ -148,3 +148,100 @@ def test_the_names_of_openais_schema_are_known_too() -> None:
     named = {name.replace("_output", "_completion"): value for name, value in row.items()}
     assert is_chat_row(named)
     assert read_chat_row(named) == read_chat_row(row)
+
+
+# Tools
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+ASKS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "rain"}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def test_calls_their_results_and_tools_become_records() -> None:
+    chat = read_chat_row(
+        {"messages": [USER, ASKS, RESULT, ASSISTANT], "tools": [WEATHER], "parallel_tool_calls": False}
+    )
+    _, asks, result, _ = chat.messages
+    assert asks == Message(
+        role="assistant",
+        content="",
+        tool_calls=(ToolCall(id="call_1", name="weather", arguments='{"city": "Bonn"}'),),
+    )
+    assert result == Message(role="tool", content="rain", tool_call_id="call_1")
+    assert chat.tools == (WEATHER,)
+    assert chat.fields == {"parallel_tool_calls": False}
+
+
+def test_a_conversation_may_end_in_a_call() -> None:
+    assert read_chat_row({"messages": [USER, ASKS]}).messages[-1].says_something
+    assert read_messages([USER, ASKS | {"weight": 0}])[1] == [
+        "every assistant message has weight 0: nothing is left to learn"
+    ]
+
+
+def test_the_older_functions_become_tools() -> None:
+    asks = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}}
+    result = {"role": "function", "name": "weather", "content": "rain"}
+    chat = read_chat_row({"messages": [USER, asks, result, ASSISTANT], "functions": [WEATHER["function"]]})
+    assert chat.messages[1].tool_calls == (ToolCall(id="call_0", name="weather", arguments="{}"),)
+    assert chat.messages[2] == Message(role="tool", content="rain", name="weather")
+    assert chat.tools == (WEATHER,)
+
+
+def test_arguments_may_be_an_object_as_models_templates_have_them() -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "K\u00f6ln"}}}
+    (message, *_), problems = read_messages([ASKS | {"tool_calls": [call]}])
+    assert (message.tool_calls[0].arguments, problems) == ('{"city": "Köln"}', [])
+
+
+def test_answers_of_a_pair_may_be_calls() -> None:
+    row = openai(preferred_output=[ASKS], input={"messages": [USER], "tools": [WEATHER]})
+    chat = read_chat_row(row)
+    assert (chat.messages[-1].tool_calls[0].name, chat.tools) == ("weather", (WEATHER,))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [USER, ASKS], "tools": "weather"}, "tools is a string, not an array"),
+        ({"messages": [USER, ASKS], "tools": [3]}, "tools[0] is a number, not an object"),
+        ({"messages": [USER, ASKS], "tools": [{"type": "file_search"}]}, "only functions are known"),
+        ({"messages": [USER, ASKS], "tools": [{"type": "function", "function": {}}]}, "no function with a name"),
+        (
+            {"messages": [USER, ASKS], "functions": [{"name": "f", "parameters": 3}]},
+            "functions[0] has parameters that are no JSON schema",
+        ),
+        ({"messages": [USER, ASKS | {"tool_calls": "x"}]}, "messages[1] has a string for tool_calls"),
+        (
+            {"messages": [USER, ASKS | {"tool_calls": [{"type": "code"}]}]},
+            "tool_calls[0], which is no call of a function",
+        ),
+        (
+            {"messages": [USER, ASKS | {"tool_calls": [{"function": {"name": ""}}]}]},
+            "which has no function with a name",
+        ),
+        (
+            {"messages": [USER, ASKS | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "which has arguments that are no JSON",
+        ),
+        (
+            {"messages": [USER, ASKS | {"tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
+            "which has an array for arguments, not an object",
+        ),
+        (
+            {"messages": [USER, RESULT, ASSISTANT]},
+            "has the tool_call_id 'call_1', which no tool call",
+        ),
+        ({"messages": [USER, ASKS, RESULT]}, "the last message must be the assistant's"),
+        (
+            {"messages": [USER | {"tool_calls": [CALL]}, ASSISTANT]},
+            "messages[0] has 'tool_calls', which is not",
+        ),
+        ({"messages": [USER, ASKS, RESULT | {"name": 3}, ASSISTANT]}, "has a number for name"),
+    ],
+)
+def test_tools_that_cannot_be_learned_from_say_why(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared below
+        read_chat_row(row)
+    assert said in str(caught.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.records.example import Conversation, Example, Message
+from luthier.records.example import Conversation, Example, Message, ToolCall
 
 QUESTION = Message(role="user", content="hi")
 FIRST = Message(role="assistant", content="first")
@@ -27,3 +27,27 @@ def test_conversation_ending_in_another_answer_has_its_loss_there_alone() -> Non
     turns = conversation.ending_in(conversation.rejected or ())
     assert [turn.content for turn in turns] == ["hi", "first", "hi", "bad"]
     assert [turn.weight for turn in turns if turn.role == "assistant"] == [0, 1]
+
+
+def test_records_without_tools_have_the_texts_and_hashes_that_they_had_before_there_were_any() -> None:
+    turns = (Message(role="user", content="hi"), Message(role="assistant", content="hello", weight=0))
+    plain = Example(id="a", fields={"n": 1}, messages=turns, rejected=turns[1:], line=3)
+    assert plain.model_dump_json() == (
+        '{"id":"a","fields":{"n":1},"messages":[{"role":"user","content":"hi","weight":1},'
+        '{"role":"assistant","content":"hello","weight":0}],'
+        '"rejected":[{"role":"assistant","content":"hello","weight":0}],"split":null,"line":3}'
+    )
+    assert plain.content_key() == "4ff3fe07f871aba19d21321bb8baa29971e2e7be99d7c50bf69c3e2332371521"
+    assert Example.model_validate_json(plain.model_dump_json()) == plain
+
+
+def test_tools_and_calls_are_content() -> None:
+    call = ToolCall(id="1", name="f", arguments="{}")
+    turns = (Message(role="user", content="hi"), Message(role="assistant", content="", tool_calls=(call,)))
+    example = Example(id="a", messages=turns, tools=({"type": "function", "function": {"name": "f"}},))
+    assert Example.model_validate_json(example.model_dump_json()) == example
+    others = [
+        example.model_copy(update={"tools": ()}),
+        example.model_copy(update={"messages": (turns[0], turns[1].model_copy(update={"tool_calls": ()}))}),
+    ]
+    assert len({one.content_key() for one in (example, *others)}) == 3

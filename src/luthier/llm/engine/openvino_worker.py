@@ -32,6 +32,7 @@ MAX_BATCHED_TOKENS = 256
 MAX_SEQUENCES = 256
 UNQUANTISED_FILE_TYPES = {0, 1, 32}  # GGUF's general.file_type: float32, float16, bfloat16
 SEED_BITS = 31
+LARGEST_MIN_P = 0.999999  # 1, at which only the likeliest token is left, is refused by openvino-genai
 
 
 def main() -> None:
@@ -230,7 +231,7 @@ def generation_config(sampling: dict[str, Any], stop_tokens: list[int]) -> Any:
     if config.do_sample:
         config.temperature = sampling["temperature"]
         config.top_p = sampling["top_p"]
-        config.min_p = sampling["min_p"]
+        config.min_p = min(sampling["min_p"], LARGEST_MIN_P)
         if sampling["top_k"] is not None:
             config.top_k = sampling["top_k"]
         seed = sampling["seed"]

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 HIGHEST = 0x10FFFF
+ONE_BYTE = 0x7F
 SURROGATES = (0xD800, 0xDFFF)
+CONTROL = re.compile(r"([\x00-\x1f\x7f-\x9f])([0-9a-fA-F]?)")
 Range = tuple[int, int]
 
 
@@ -246,7 +248,9 @@ def _text(expression: Expression) -> str:
     if isinstance(expression, Terminal):
         return _quoted(expression.text)
     if isinstance(expression, Characters):
-        parts = (part for low, high in expression.ranges for part in _by_bytes(low, high))
+        parts = [part for low, high in expression.ranges for part in _by_bytes(low, high)]
+        if all(chr(end).isalnum() and end <= ONE_BYTE for part in parts for end in part):
+            return "[" + "".join(chr(low) if low == high else f"{chr(low)}-{chr(high)}" for low, high in parts) + "]"
         return "[" + "".join(_range_text(low, high) for low, high in parts) + "]"
     if isinstance(expression, Concatenation):
         return " ".join(map(_text, expression.parts)) or '""'
@@ -266,20 +270,33 @@ def _times(least: int, most: int | None) -> str:
 
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", escaped) + '"'
+    return '"' + CONTROL.sub(_escaped_control, escaped) + '"'
+
+
+def _escaped_control(found: re.Match[str]) -> str:
+    # A hexadecimal digit behind an escape stands in a string of its own: xgrammar reads escapes on into it.
+    return f'{_point(ord(found[1]))}" "{found[2]}' if found[2] else _point(ord(found[1]))
 
 
 def _by_bytes(low: int, high: int) -> list[Range]:
-    """Return a range in parts whose characters have as many bytes in UTF-8.
+    """Return a range in parts of which each is, in UTF-8, a product of ranges of bytes.
 
-    In a range across them, xgrammar lets bytes through that are no characters (0xC0 0x80 for one, in 2026).
+    In others, xgrammar (2026) lets bytes through that are no characters, or that it cannot go on from. The parts are
+    those of https://github.com/BurntSushi/utf8-ranges.
     """
-    parts = []
-    for last in (0x7F, 0x7FF, 0xFFFF, HIGHEST):
-        if low <= min(high, last):
-            parts.append((low, min(high, last)))
-            low = last + 1
-    return parts
+    for last in (0x7F, 0x7FF, 0xFFFF):  # of one, two, three bytes
+        if low <= last < high:
+            return _by_bytes(low, last) + _by_bytes(last + 1, high)
+    if high <= ONE_BYTE:
+        return [(low, high)]
+    for bits in (6, 12, 18):
+        rest = (1 << bits) - 1
+        if low & ~rest != high & ~rest:
+            if low & rest:
+                return _by_bytes(low, low | rest) + _by_bytes((low | rest) + 1, high)
+            if high & rest != rest:
+                return _by_bytes(low, (high & ~rest) - 1) + _by_bytes(high & ~rest, high)
+    return [(low, high)]
 
 
 def _range_text(low: int, high: int) -> str:
@@ -287,8 +304,4 @@ def _range_text(low: int, high: int) -> str:
 
 
 def _point(code: int) -> str:
-    if chr(code).isalnum() and code < 0x80:
-        return chr(code)
-    if code < 0x100:
-        return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
