@@ -145,17 +145,22 @@ class WorkerProcess(Generic[Outcome]):
 
     @classmethod
     async def _spawned(cls, folder: Path, module: str, arguments: Sequence[str]) -> Self:
+        """Start the process; its connection is there before, so that nothing can be cancelled once it runs."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", module, "--model", str(folder), "--fd", str(theirs.fileno()), *arguments]
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-            )
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE_BYTES)
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE_BYTES)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                )
+            except BaseException:
+                writer.close()
+                raise
         return cls(folder, process, reader, writer)
 
     async def _wait_ready(self) -> None:
