@@ -12,7 +12,8 @@ from fastapi import Request
 from luthier.api.middleware import REQUEST_ID
 from luthier.api.service import service_of
 from luthier.records.access import Caller
-from luthier.serve.chat_request import ChatRequest, StreamOptions
+from luthier.serve.chat_request import ChatRequest
+from luthier.serve.sampling_options import StreamOptions
 from luthier.serve.streamed_completion import StreamedCompletion
 from luthier.workflows.completions import keep_completion
 
