@@ -90,8 +90,8 @@ def test_preferences_are_read_by_their_newer_and_older_names(store: Store, names
     ("row", "pairs", "reason"),
     [
         ("{not json", False, "line 2: is not valid JSON"),
-        ({"tools": [{"type": "function"}], **chats(1)[0]}, False, "line 2: tools is not supported yet"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, False, "line 2: .*role 'tool'"),
+        ({"tools": [{"type": "function"}], **chats(1)[0]}, False, r"line 2: tools\[0\] has no function with a name"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, False, "line 2: there is no assistant message"),
         ({"question": "?"}, False, "line 2: has no messages"),
         ({"prompt": "say", "completion": " "}, False, "line 2: completion must be a text that is not empty"),
         (chats(1)[0], True, "line 2: has no pair of answers"),
