@@ -140,3 +140,14 @@ def test_names_of_files_have_no_characters_that_databases_refuse(live: Live) -> 
         assert response.status_code < 500
         if response.status_code == 200:
             assert json.loads(response.text)["filename"].isprintable()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-6, 0])
+def test_numbers_that_an_engine_cannot_tell_from_zero_are_no_failure_of_the_engine(
+    live: Live, temperature: float
+) -> None:
+    body = {"model": "tiny-base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    answered = httpx.post(f"{live.url}{CHAT}", json=body | {"temperature": temperature, "top_p": temperature})
+    assert answered.status_code == 200, answered.text
+    refused = httpx.post(f"{live.url}{CHAT}", json=body | {"repetition_penalty": 5e-324})
+    assert refused.json()["error"]["param"] == "repetition_penalty"

@@ -18,6 +18,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_BIAS = 100
 DEFAULT_TEMPERATURE = 1.0
+SMALLEST_TEMPERATURE = 1e-6
 SMALLEST_TOP_P = 1e-6  # top_p 0 means the likeliest token alone
 
 
@@ -44,7 +45,7 @@ class SamplingOptions(BaseModel):
     logit_bias: dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = None
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2)
     return_token_ids: bool | None = None
 
     @property
@@ -74,7 +75,7 @@ class SamplingOptions(BaseModel):
         """
         return Sampling(
             max_tokens=max_tokens,
-            temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
+            temperature=_temperature(self.temperature),
             top_p=1.0 if self.top_p is None else max(self.top_p, SMALLEST_TOP_P),
             seed=self.seed,
             stop=self.stops,
@@ -87,6 +88,13 @@ class SamplingOptions(BaseModel):
             logit_bias=_logit_bias(self.logit_bias or {}, vocabulary),
             constraint=constraint,
         )
+
+
+def _temperature(asked: float | None) -> float:
+    """Return what an engine divides by; less than it can tell from nothing is nothing, the likeliest token alone."""
+    if asked is None:
+        return DEFAULT_TEMPERATURE
+    return asked if asked >= SMALLEST_TEMPERATURE else 0.0
 
 
 def several(sampling: Sampling, count: int) -> list[Sampling]:
