@@ -128,7 +128,7 @@ def test_ctrl_c_pauses_a_run_and_says_how_to_go_on(home: Path, tmp_path: Path, t
     luthier(home, "dataset", "import", str(write_questions(tmp_path / "questions.csv")))
     luthier(home, "dataset", "split", "questions", "--near", "0")
     luthier(home, "template", "save", "answer", "--user", "{{text}}", "--assistant", "{{label}}")
-    options = ["-o", "epochs=40", "-o", "batch_size=4", "-o", "precision=float32", "--parity-prompts", "0"]
+    options = ["-o", "epochs=400", "-o", "batch_size=4", "-o", "precision=float32", "--parity-prompts", "0"]
     command = [sys.executable, "-m", "luthier", "train", "questions", "-t", "answer", "-b", "tiny-base", *options]
     environment = {**os.environ, "LUTHIER_HOME": str(home)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
