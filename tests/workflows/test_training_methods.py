@@ -10,10 +10,13 @@ import pytest
 
 from luthier.errors import InputError
 from luthier.evaluate.engine.classifying import Classifier
+from luthier.evaluate.engine.scoring import Scorer
+from luthier.llm.base_bits import read_base_bits
 from luthier.records.dataset import SplitConfig
 from luthier.records.model import TunedModel
 from luthier.records.training import TrainingConfig
 from luthier.store.store import Store
+from luthier.templates.chat_format import ChatFormat
 from luthier.workflows.datasets import import_dataset, split_dataset
 from luthier.workflows.evaluation import EvaluateRequest, evaluate_model
 from luthier.workflows.models import pull, served_folder
@@ -71,6 +74,27 @@ def test_preferences_become_a_model_that_writes(store: Store, tmp_path: Path, mo
     assert model.training.test_metrics["reward_accuracy"] > 0.5
     assert ("adapter" in model.artifacts) == (mode == "lora")
     assert served_folder(store, model.name).is_dir()
+
+
+def test_an_adapter_over_a_base_in_few_bits_is_served_as_it_was_measured(store: Store, tmp_path: Path) -> None:
+    rows = [{"messages": pair["input"]["messages"] + pair["preferred_output"]} for pair in pairs()]
+    model = train(store, tmp_path, rows, "tiny-base", mode="qlora", epochs=8, lora_rank=8)
+    assert read_base_bits(store.models.artifact_folder(model.artifacts["adapter"])) == 4
+    assert model.parity is not None
+    assert {form.form: form.token_agreement for form in model.parity.forms}["merged"] == 1
+    # The base's own weights are others: over them the adapter does not say what was measured.
+    merged = Scorer(store.models.artifact_folder(model.artifacts["merged"]))
+    chat = ChatFormat.load(served_folder(store, model.name))
+    dataset = store.datasets.get(model.dataset)
+    rendered = [chat.render(example.messages or ()) for example in store.datasets.examples(dataset, "validation")]
+    scored = merged.score(
+        [one.tokens[: one.prompt_tokens] for one in rendered],
+        [[t for t, learned in zip(one.tokens, one.loss_mask, strict=True) if learned] for one in rendered],
+    )
+    logprobs = [logprob for answer in scored for logprob in answer.logprobs or ()]
+    assert -sum(logprobs) / len(logprobs) == pytest.approx(model.training.best_valid_loss, rel=1e-4)
+    going_on = train(store, tmp_path, rows, model.name, mode="lora", epochs=1)
+    assert read_base_bits(store.models.artifact_folder(going_on.artifacts["adapter"])) == 4
 
 
 def test_a_reward_model_scores_and_is_not_served(store: Store, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from luthier.records.base_model import ModelKind, ModelShape
 ENCODER_TYPES = frozenset({"bert", "roberta", "distilbert", "electra", "mpnet", "modernbert", "deberta-v2"})
 POSITIONS_BEHIND_PADDING = frozenset({"roberta", "mpnet"})  # their first position is the padding token's id plus one
 PLAIN_MLP = ENCODER_TYPES - {"modernbert"}
+FUSED_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # see luthier.llm.engine.fused_decoder
+BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 DISTILBERT_NAMES = {
     "num_attention_heads": "n_heads",
     "num_hidden_layers": "n_layers",
@@ -85,6 +87,17 @@ def read_shape(folder: Path, parameters: int) -> ModelShape:
             context_length=context_length(config) or config["max_position_embeddings"],
             parameters=parameters,
             mlp_matrices=2 if config.get("model_type") in PLAIN_MLP else 3,
+            head_width=config.get("head_dim") or 0,
+            head_norms=config.get("model_type") == "qwen3",
+            fused=_is_fused(config),
+            bytes_per_number=BYTES_OF.get(config.get("dtype") or config.get("torch_dtype") or "float32", 2),
         )
     except KeyError as error:
         raise InputError(f"The config.json in {folder} does not say {error}.") from error
+
+
+def _is_fused(config: dict[str, Any]) -> bool:
+    """Return whether a model's layers run as fused functions where nothing but its weights is asked of them."""
+    windows = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
+    windows = windows or any(kind != "full_attention" for kind in config.get("layer_types") or ())
+    return config.get("model_type") in FUSED_TYPES and config.get("hidden_act") == "silu" and not windows

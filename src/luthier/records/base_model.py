@@ -57,10 +57,15 @@ class BaseModelInfo(Record):
 
 
 class Machine(Record):
-    """What the machine has, as far as plans and choices depend on it. Rates are measured, in FLOP per second."""
+    """What the machine has, as far as plans and choices depend on it. Rates are measured, in FLOP per second.
+
+    ``memory_bytes`` is what a run may hold on the device that it computes on, ``main_memory_bytes`` what it may hold
+    beside a GPU (None: they are the same memory).
+    """
 
     cores: int = Field(ge=1)
     memory_bytes: int
+    main_memory_bytes: int | None = None
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     device_name: str = ""
     has_fast_bfloat16: bool
@@ -70,7 +75,9 @@ class Machine(Record):
 class ModelShape(Record):
     """The sizes of a model that decide its memory and arithmetic, read from its ``config.json``.
 
-    ``mlp_matrices`` is 3 where the feed-forward layer has a gate, else 2.
+    ``mlp_matrices`` is 3 where the feed-forward layer has a gate, else 2. ``head_width`` is that of an attention head
+    (0: the width over the heads), ``head_norms`` whether heads are normed. ``fused`` says whether the layers can run
+    as fused functions, ``bytes_per_number`` how the files hold their numbers.
     """
 
     layers: int
@@ -82,10 +89,34 @@ class ModelShape(Record):
     context_length: int
     parameters: int
     mlp_matrices: int = 3
+    head_width: int = 0
+    head_norms: bool = False
+    fused: bool = False
+    bytes_per_number: int = 2
+
+    @property
+    def query_width(self) -> int:
+        """The width of all queries of a token."""
+        return self.heads * (self.head_width or self.width // self.heads)
+
+    @property
+    def key_width(self) -> int:
+        """The width of all keys of a token, and of all values."""
+        return self.key_heads * (self.head_width or self.width // self.heads)
+
+    @property
+    def head_parameters(self) -> int:
+        """The parameters of a head of its own; 0 where it is tied to the embeddings."""
+        table = self.vocabulary * self.width
+        return table if self.parameters - self.linear_parameters > 1.5 * table else 0
 
     @property
     def linear_parameters(self) -> int:
         """The parameters that every token is multiplied with, without embeddings and head."""
-        head_width = self.width // self.heads
-        attention = self.width * head_width * (2 * self.heads + 2 * self.key_heads)
+        attention = self.width * 2 * (self.query_width + self.key_width)
         return self.layers * (attention + self.mlp_matrices * self.width * self.intermediate)
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Return the numbers of a low-rank adapter on all linear layers."""
+        attention = 2 * (self.width + self.query_width) + 2 * (self.width + self.key_width)
+        return self.layers * rank * (attention + self.mlp_matrices * (self.width + self.intermediate))

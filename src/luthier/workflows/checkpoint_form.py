@@ -26,7 +26,7 @@ def make_served(store: Store, checkpoint: Checkpoint) -> None:
     """
     base = store.models.base_folder(store.models.base(checkpoint.base))
     adapter = store.models.artifact_folder(checkpoint.adapter, check=True)
-    from luthier.llm.engine.torch_model import save_merged
+    from luthier.llm.engine.merging import save_merged
 
     with TemporaryDirectory(dir=store.artifacts.root / STAGING) as merged:
         save_merged(base, adapter, Path(merged))

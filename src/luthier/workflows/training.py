@@ -13,7 +13,8 @@ from luthier.errors import InputError, ParityError, RunStopped
 from luthier.evaluate.contest import sample
 from luthier.jobs.context import RunContext
 from luthier.jobs.launch import OnEvent, follow, submit
-from luthier.llm.engine.torch_model import measure_machine, save_merged, save_whole
+from luthier.llm.engine.merging import save_merged, save_whole
+from luthier.llm.engine.torch_model import measure_machine
 from luthier.records.model import Artifact, Parity, TunedModel, tuned_name
 from luthier.records.objectives import PAIRED, product
 from luthier.records.training import TrainingPlan, TrainingResult

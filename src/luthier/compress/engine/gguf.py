@@ -8,15 +8,16 @@ rows of q and k are permuted from the halves order of transformers to the interl
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-from safetensors import safe_open
 
 from luthier.errors import InputError, did_you_mean
+from luthier.llm.engine.weight_files import WeightFiles
 
 Quantization = Literal["q8_0", "f16"]
 TYPES: dict[Quantization, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -29,6 +30,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": (gguf.MODEL_ARCH.QWEN3, False),
 }
 Q8_BLOCK = 32
+HEAD = "lm_head.weight"
 # llama.cpp's name for how a byte-level vocabulary splits text before merging, by a piece of the splitting pattern.
 PRE_TOKENIZERS = {"smollm": "Digits", "llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}|"}
 
@@ -48,19 +50,32 @@ def write_gguf(folder: Path, destination: Path, quantization: Quantization, name
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config, file_type)
     _add_tokenizer(writer, folder, config)
+    files = WeightFiles(folder)
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    for tensor_name, values in _tensors(folder, config):
-        if permuted:
-            values = _permute(tensor_name, values, config)
-        target = names.get_name(tensor_name, try_suffixes=(".weight", ".bias"))
+    tensors = [name for name in files.names if not (name == HEAD and config.get("tie_word_embeddings", False))]
+    kinds = {name: _tensor_type(files.shape(name), tensor_type) for name in tensors}
+    for name in tensors:
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise InputError(f"The tensor {tensor_name!r} has no place in a GGUF file of {config['architectures'][0]}.")
-        kind = _tensor_type(values, tensor_type)
-        writer.add_tensor(target, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            raise InputError(f"The tensor {name!r} has no place in a GGUF file of {config['architectures'][0]}.")
+        _announce(writer, target, files.shape(name), kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for name in tensors:  # one after the other: the model never lies in memory whole
+        values = files.read(name).float().numpy()
+        values = _permute(name, values, config) if permuted else values
+        writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
     writer.close()
+
+
+def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+    """Say what a tensor will be, ahead of its numbers."""
+    sizes = gguf.quant_shape_to_byte_shape(shape, kind)
+    stored = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind)
+    writer.add_tensor_info(
+        name, sizes if stored is None else shape, np.dtype(stored or np.uint8), math.prod(sizes), raw_dtype=kind
+    )
 
 
 def _architecture(config: dict[str, Any]) -> tuple[gguf.MODEL_ARCH, bool]:
@@ -140,16 +155,6 @@ def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     return next((name for name, mark in PRE_TOKENIZERS.items() if mark in description), "gpt-2")
 
 
-def _tensors(folder: Path, config: dict[str, Any]) -> Any:
-    """Yield (name, float32 array) of every tensor, leaving out a head that is tied to the embedding."""
-    tied = config.get("tie_word_embeddings", False)
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if not (tied and name == "lm_head.weight"):
-                    yield name, file.get_tensor(name).float().numpy()
-
-
 def _permute(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
     heads = config["num_attention_heads"]
     if name.endswith(("k_proj.weight", "k_proj.bias")):
@@ -160,9 +165,9 @@ def _permute(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarra
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
 
 
-def _tensor_type(values: np.ndarray, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    if values.ndim < 2:
+def _tensor_type(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    if len(shape) < 2:
         return GGMLQuantizationType.F32
-    if wanted == GGMLQuantizationType.Q8_0 and values.shape[-1] % Q8_BLOCK:
+    if wanted == GGMLQuantizationType.Q8_0 and shape[-1] % Q8_BLOCK:
         return GGMLQuantizationType.F16
     return wanted

@@ -6,7 +6,8 @@ less error, in int8 with one float32 scale per block. Pure torch, on any device.
 
 What comes in: linear layers in float32, bfloat16 or float16. What goes out: linear layers that PEFT takes for such. The
 codes are not in ``state_dict``: a base is quantised again from its own files whenever it is loaded. Merging into a
-quantised layer is not possible (PEFT's ``merge`` would add to a weight made for the moment): merge into the real base.
+quantised layer is not possible (PEFT's ``merge`` would add to a weight made for the moment): merge into the numbers
+that the codes stand for (:mod:`luthier.llm.engine.merging`).
 
 Names end in their dimensions: N weights of a layer (O outputs x I inputs, row by row), B blocks of 64, G groups of 256
 blocks, T anything before the inputs.
@@ -18,14 +19,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch.autograd.function import once_differentiable
 
-Bits = Literal[4, 8]
+from luthier.llm.base_bits import Bits
+
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share the scale and offset of their 8 bits
+PIECE = 64 * BLOCK * GROUP  # weights that are quantised at once: what that takes is bounded, whatever their number
+HEADS = ("lm_head", "score", "classifier")
 INT8_MAX = 127
 UINT8_MAX = 255
 # The 16 values of NF4 (Dettmers et al. 2023, appendix E): quantiles of a normal distribution scaled to [-1, 1], one of
@@ -105,17 +109,24 @@ def quantise(weight_OI: torch.Tensor, bits: Bits) -> QuantisedWeight:
     sections 2 and 3); of two equally near, the lower. Blocks run on over the ends of rows, so no size is odd.
     """
     outputs, inputs = weight_OI.shape
-    flat_N = weight_OI.detach().float().reshape(-1)
+    parts = [_quantised(part_N.float(), bits) for part_N in weight_OI.detach().reshape(-1).split(PIECE)]
+    codes, absmax_B, ranges = (list(some) for some in zip(*parts, strict=True))
+    range_G2 = torch.cat(ranges) if bits == 4 else None
+    return QuantisedWeight(bits, (outputs, inputs), torch.cat(codes), torch.cat(absmax_B), range_G2)
+
+
+def _quantised(flat_N: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the codes of whole groups of blocks (the last may be open), their scales, and the groups' ranges."""
     weight_B64 = torch.nn.functional.pad(flat_N, (0, -flat_N.numel() % BLOCK)).view(-1, BLOCK)
     absmax_B = weight_B64.abs().amax(1)
     if bits == 8:
         codes = (_divided(weight_B64, absmax_B) * INT8_MAX).round().to(torch.int8).view(-1)
-        return QuantisedWeight(8, (outputs, inputs), codes, absmax_B)
+        return codes, absmax_B, absmax_B.new_empty(0, 2)
     stored_B, range_G2 = _double_quantised(absmax_B)
     scaled_B64 = _divided(weight_B64, _whole_absmax(stored_B, range_G2))
-    codebook = torch.tensor(NF4, device=weight_OI.device)
+    codebook = torch.tensor(NF4, device=flat_N.device)
     codes_N = torch.bucketize(scaled_B64, (codebook[1:] + codebook[:-1]) / 2, out_int32=True).view(-1).to(torch.uint8)
-    return QuantisedWeight(4, (outputs, inputs), codes_N[0::2] << 4 | codes_N[1::2], stored_B, range_G2)
+    return codes_N[0::2] << 4 | codes_N[1::2], stored_B, range_G2
 
 
 class QuantisedLinear(torch.nn.Linear):
@@ -188,20 +199,18 @@ class Quantisation:
     bytes_after: int
 
 
-def quantise_model(
-    model: torch.nn.Module, bits: Bits, skip: Sequence[str] = ("lm_head", "score", "classifier")
-) -> Quantisation:
+def quantise_model(model: torch.nn.Module, bits: Bits, skip: Sequence[str] = HEADS) -> Quantisation:
     """Replace the linear layers of a model's numbered layers by quantised ones, in place, one after the other.
 
     Left as they are: layers with a part of their dotted name in ``skip``, those outside a numbered list of layers
     (such as heads), subclasses of ``Linear``, and weights that two modules share (such as a head tied to embeddings).
     """
     layers = before = after = 0
-    for name in list(_quantisable(model, skip)):
+    for name in list(quantisable(model, skip)):
         # By name: a list of modules would keep every whole weight in memory to the end.
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
-        assert isinstance(linear, torch.nn.Linear)  # noqa: S101 - for the type checker; _quantisable gives no others
+        assert isinstance(linear, torch.nn.Linear)  # noqa: S101 - for the type checker; quantisable gives no others
         quantised = QuantisedLinear.from_linear(linear, bits)
         layers += 1
         before += linear.weight.nbytes
@@ -210,7 +219,8 @@ def quantise_model(
     return Quantisation(layers, before, after)
 
 
-def _quantisable(model: torch.nn.Module, skip: Sequence[str]) -> Iterator[str]:
+def quantisable(model: torch.nn.Module, skip: Sequence[str] = HEADS) -> Iterator[str]:
+    """Yield the names of the layers that :func:`quantise_model` replaces."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, module in model.named_modules():
         parts = name.split(".")

@@ -1,6 +1,7 @@
 """Models in torch: which machine there is, loading a base model folder, and a base with its adapter.
 
-Training, scoring and merging come through here, so that all of them see the same numbers.
+Training, scoring and merging (:mod:`luthier.llm.engine.merging`) come through here, so that all of them see the same
+numbers.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from luthier.errors import InputError
+from luthier.llm.base_bits import read_base_bits
 from luthier.llm.base_config import ENCODER_TYPES
+from luthier.llm.engine.gradual import Holding, fill, hold, is_explained, outline
 from luthier.llm.engine.row_attention import ATTENTION_NAME
+from luthier.llm.engine.weight_files import WeightFiles
 from luthier.records.base_model import Machine
 
 Precision = Literal["float32", "bfloat16"]
@@ -28,6 +32,7 @@ BFLOAT16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 HEADS = frozenset({"score", "classifier", "pre_classifier", "pooler", "head"})
 PROBE_SIZE = 1024
 PROBE_RUNS = 5
+SCORING_BYTES = 2_000_000_000  # what scoring takes beside the weights
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 transformers_logging.set_verbosity_error()
@@ -47,10 +52,11 @@ def measure_machine() -> Machine:
     here = device()
     fast = has_fast_bfloat16(here)
     name = torch.cuda.get_device_name() if here.type == "cuda" else _cpu_name()
-    memory = torch.cuda.mem_get_info()[0] if here.type == "cuda" else free_memory_bytes()
+    main = free_memory_bytes() + psutil.Process().memory_info().rss  # what this process holds is its own
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=int(memory),
+        memory_bytes=int(torch.cuda.mem_get_info()[0]) if here.type == "cuda" else main,
+        main_memory_bytes=main if here.type == "cuda" else None,
         device=here.type,
         device_name=name,
         has_fast_bfloat16=fast,
@@ -78,14 +84,70 @@ def has_fast_bfloat16(here: torch.device) -> bool:
     return not BFLOAT16_CPU_FLAGS.isdisjoint(flags.split())
 
 
-def load_base(folder: Path, precision: Precision, *, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+def load_base(
+    folder: Path,
+    precision: Precision | None,
+    *,
+    kind: Any = AutoModelForCausalLM,
+    on: torch.device | None = None,
+    **options: Any,
+) -> Any:
     """Load a base model folder for training or scoring, with attention within rows where it is a decoder.
 
-    ``kind`` is the transformers class of its head, ``options`` what that head needs to know.
+    ``precision`` is that of the weights (None: as their files have them), ``kind`` the transformers class of its head,
+    ``options`` what that head needs to know, ``on`` a device other than the best one.
 
     Raises:
         InputError: the weights are in a format that can run code (only safetensors are read).
     """
+    _refuse_code(folder)
+    model = kind.from_pretrained(
+        folder,
+        dtype=DTYPES[precision] if precision else "auto",
+        attn_implementation=_attention(folder),
+        use_safetensors=True,
+        local_files_only=True,
+        **options,
+    )
+    model.config.use_cache = False
+    return model.to(on or device()).eval()
+
+
+def load_held(
+    folder: Path,
+    holding: Holding,
+    *,
+    kind: Any = AutoModelForCausalLM,
+    choose: Callable[[Any], None] = lambda model: model.requires_grad_(False),
+    on: torch.device | None = None,
+    **options: Any,
+) -> Any:
+    """Load a base as :func:`load_base`, each tensor in the numbers that it is held in, and never in others.
+
+    ``choose`` marks what is trained on the model before it has its numbers. A base whose files have other names than
+    its parameters (an encoder, as a rule) is loaded whole into main memory first.
+
+    Raises:
+        InputError: as :func:`load_base`.
+    """
+    _refuse_code(folder)
+    config = options.pop("config", None) or AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    here, files = on or device(), WeightFiles(folder)
+    model = outline(kind, config, dtype=holding.dtype, attn_implementation=_attention(folder))
+    if is_explained(model, files, frozenset(_head_names(model))):
+        choose(model)
+        fill(model, files, holding, here)
+    else:
+        model = load_base(folder, "float32", kind=kind, on=torch.device("cpu"), config=config)
+        choose(model)
+        hold(model, holding)
+        model = model.to(here)
+    model.config.use_cache = False
+    model.base_bits = holding.bits  # what is trained over it belongs to the rounded weights
+    return model
+
+
+def _refuse_code(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.iterdir() if path.suffix in REFUSED_WEIGHTS)
         raise InputError(
@@ -93,16 +155,10 @@ def load_base(folder: Path, precision: Precision, *, kind: Any = AutoModelForCau
             "formats that can run code when they are loaded are refused.",
             hint="convert it to safetensors first",
         )
-    model = kind.from_pretrained(
-        folder,
-        dtype=DTYPES[precision],
-        attn_implementation=None if is_encoder(folder) else ATTENTION_NAME,  # some encoders know no sdpa
-        use_safetensors=True,
-        local_files_only=True,
-        **options,
-    )
-    model.config.use_cache = False
-    return model.to(device()).eval()
+
+
+def _attention(folder: Path) -> str | None:
+    return None if is_encoder(folder) else ATTENTION_NAME  # some encoders know no sdpa
 
 
 def is_encoder(folder: Path) -> bool:
@@ -119,53 +175,44 @@ def heads(model: Any) -> list[tuple[str, torch.nn.Module]]:
     return [(name, child) for owner in owners for name, child in owner.named_children() if name in HEADS]
 
 
-def load_with_adapter(base_folder: Path, adapter_folder: Path, precision: Precision) -> Any:
+def _head_names(model: Any) -> list[str]:
+    parts = {id(parameter) for _, head in heads(model) for parameter in head.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in parts]
+
+
+def load_with_adapter(
+    base_folder: Path, adapter_folder: Path, precision: Precision | None, *, on: torch.device | None = None
+) -> Any:
     """Load a base and an adapter on it, for scoring. The adapter and the head keep their own precision.
 
-    An adapter of a classifier or scorer brings its classes in a ``config.json`` of its own.
+    An adapter of a classifier or scorer brings its classes in a ``config.json`` of its own. The base is held in the
+    bits that the adapter was trained over.
     """
     from peft import PeftModel
 
+    bits = read_base_bits(adapter_folder)
+    options: dict[str, Any] = {}
     if (adapter_folder / "config.json").is_file():
         config = AutoConfig.from_pretrained(adapter_folder, local_files_only=True)
-        base = load_base(base_folder, precision, kind=AutoModelForSequenceClassification, config=config)
-        for _, head in heads(base):
-            head.float()
+        options = {"kind": AutoModelForSequenceClassification, "config": config}
+    if bits:
+        dtype = DTYPES[precision] if precision else WeightFiles(base_folder).dtype
+        base = load_held(base_folder, Holding(dtype, bits), on=on, **options)
     else:
-        base = load_base(base_folder, precision)
+        base = load_base(base_folder, precision, on=on, **options)
+    for _, head in heads(base):
+        head.float()
     return PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=False).eval()
 
 
-def save_merged(base_folder: Path, adapter_folder: Path, destination: Path) -> None:
-    """Write base + adapter as one plain model (safetensors), with the base's tokenizer and chat template.
-
-    The products are added in float32 and saved in the precision of the base's own files.
-    """
-    _save(load_with_adapter(base_folder, adapter_folder, "float32").merge_and_unload(), base_folder, destination)
-
-
-def save_whole(base_folder: Path, trained_folder: Path, destination: Path) -> None:
-    """Write a model that was trained whole as :func:`save_merged` does one with an adapter."""
-    config = AutoConfig.from_pretrained(trained_folder, local_files_only=True)
-    labelled = "ForSequenceClassification" in (config.architectures or [""])[0]
-    kind = AutoModelForSequenceClassification if labelled else AutoModelForCausalLM
-    trained = kind.from_pretrained(trained_folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-    _save(trained, base_folder, destination)
-
-
-def _save(model: Any, base_folder: Path, destination: Path) -> None:
-    model = model.to(_saved_dtype(base_folder))
-    if model.config._attn_implementation == ATTENTION_NAME:
-        model.config._attn_implementation = "sdpa"
-    model.config.use_cache = True
-    model.save_pretrained(destination)
-    copy_tokenizer(base_folder, destination)
-
-
-def _saved_dtype(folder: Path) -> torch.dtype:
-    """Return the number type of a base's own files."""
-    with safe_open(next(iter(sorted(folder.glob("*.safetensors")))), "pt") as file:
-        return next(tensor.dtype for name in file.keys() if (tensor := file.get_tensor(name)).is_floating_point())  # noqa: SIM118
+def roomy_device(folder: Path) -> torch.device:
+    """Return the best device that has room to score with the model in a folder: the GPU, or the processor."""
+    best = device()
+    if best.type != "cuda":
+        return best
+    torch.cuda.empty_cache()
+    enough = WeightFiles(folder).bytes * 1.2 + SCORING_BYTES <= torch.cuda.mem_get_info()[0]
+    return best if enough else torch.device("cpu")
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:

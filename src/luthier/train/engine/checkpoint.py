@@ -17,6 +17,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import ConflictError
+from luthier.llm.base_bits import write_base_bits
 
 LATEST = "latest"
 BEST = "best"
@@ -115,6 +116,8 @@ def _save_weights(target: Path, model: Any, base: str) -> None:
     config["target_modules"] = sorted(config["target_modules"])
     (staged / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     (staged / "README.md").unlink(missing_ok=True)
+    if bits := getattr(model.get_base_model(), "base_bits", None):
+        write_base_bits(staged, bits)
     return _replace(staged, target)
 
 
@@ -127,7 +130,8 @@ def load_best(folder: Path, model: Any) -> None:
     """Put the best weights so far into a model."""
     best = best_folder(folder)
     if not hasattr(model, "peft_config"):
-        model.load_state_dict(load_file(best / "model.safetensors"), strict=False)
+        for path in best.glob("*.safetensors"):
+            model.load_state_dict(load_file(path), strict=False)
         return
     set_peft_model_state_dict(model, load_file(best / "adapter_model.safetensors"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 from luthier.errors import InputError
+from luthier.llm.base_bits import Bits, read_base_bits
 from luthier.llm.engine.encoder_model import EncoderModel
-from luthier.llm.engine.quantised import quantise_model
+from luthier.llm.engine.gradual import Holding
 from luthier.llm.engine.row_model import RowModel
-from luthier.llm.engine.torch_model import DTYPES, heads, is_encoder, load_base
+from luthier.llm.engine.torch_model import DTYPES, heads, is_encoder, load_base, load_held
 from luthier.records.objectives import product
 from luthier.records.training import Resolved
 
@@ -31,14 +33,10 @@ def load_trainable(
         InputError: the adapter belongs to another architecture, or the mode does not fit the model.
     """
     torch.manual_seed(resolved.seed)
-    model = _load(base_folder, resolved, labels)
-    if resolved.mode == "qlora":
-        quantise_model(model, resolved.base_bits)
+    model = _load(base_folder, resolved, labels, start_adapter)
     if resolved.has_adapter:
         model = _with_adapter(model, resolved, start_adapter)
-    elif resolved.mode == "last_layers":
-        _train_last_layers(model, resolved.last_layers)
-    else:
+    elif resolved.mode == "full":
         model.requires_grad_(True)
     model.eval()  # PEFT's new dropouts are not, and what a preference is measured against must not be noisy
     dtype = DTYPES[resolved.precision]
@@ -47,25 +45,45 @@ def load_trainable(
     return RowModel(model, dtype, recompute=resolved.recompute)
 
 
-def _load(base_folder: Path, resolved: Resolved, labels: tuple[str, ...]) -> Any:
+def _load(base_folder: Path, resolved: Resolved, labels: tuple[str, ...], start_adapter: Path | None) -> Any:
     # Weights that are trained stay in float32 and are rounded where they are used; frozen ones are held as used.
-    precision = resolved.precision if resolved.has_adapter else "float32"
-    kind = product(resolved.method)
-    if kind == "generator":
-        return load_base(base_folder, precision)
-    names = dict(enumerate(labels)) or {0: "score"}
-    model = load_base(
-        base_folder,
-        precision,
-        kind=AutoModelForSequenceClassification,
-        num_labels=len(names),
-        id2label=names,
-        label2id={name: index for index, name in names.items()},
-        problem_type="single_label_classification" if labels else "regression",
-    )
+    options = {} if product(resolved.method) == "generator" else _classes(labels)
+    dtype, bits = DTYPES[resolved.precision], _bits(resolved, start_adapter)
+    if resolved.mode == "last_layers":
+        choose = partial(_train_last_layers, count=resolved.last_layers)
+        return load_held(base_folder, Holding(dtype), choose=choose, **options)
+    if bits:
+        holding = Holding(dtype, bits, rounded=resolved.mode != "qlora")
+        return load_held(base_folder, holding, choose=_train_heads, **options)
+    model = load_base(base_folder, resolved.precision if resolved.has_adapter else "float32", **options)
     for _, head in heads(model):
         head.float()
     return model
+
+
+def _classes(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return what the head of a classifier, or of one number, needs to know."""
+    names = dict(enumerate(labels)) or {0: "score"}
+    return {
+        "kind": AutoModelForSequenceClassification,
+        "num_labels": len(names),
+        "id2label": names,
+        "label2id": {name: index for index, name in names.items()},
+        "problem_type": "single_label_classification" if labels else "regression",
+    }
+
+
+def _bits(resolved: Resolved, start_adapter: Path | None) -> Bits | None:
+    """Return the bits of the base: in mode qlora, or as an adapter that is trained on has it."""
+    known = read_base_bits(start_adapter) if start_adapter else None
+    if resolved.mode != "qlora":
+        return known
+    if known and known != resolved.base_bits:
+        raise InputError(
+            f"The adapter to go on from was trained over a base in {known} bits, not {resolved.base_bits}.",
+            hint=f"set base_bits={known}",
+        )
+    return resolved.base_bits
 
 
 def _with_adapter(model: Any, resolved: Resolved, start_adapter: Path | None) -> Any:
@@ -108,6 +126,12 @@ def _resume_adapter(model: Any, folder: Path) -> Any:
             hint=hint,
         )
     return adapted
+
+
+def _train_heads(model: Any) -> None:
+    model.requires_grad_(False)
+    for _, head in heads(model):
+        head.requires_grad_(True)
 
 
 def _train_last_layers(model: Any, count: int) -> None:
