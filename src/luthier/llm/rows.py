@@ -10,6 +10,7 @@ A token sees its group's prefix and what stands before it in its own rest. See :
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,32 +100,37 @@ def _bins(sizes: Sequence[int], tokens_per_row: int, lanes: int, prefix: int = 0
         bins = _level(sizes, min(count, len(sizes)))
         if count >= len(sizes) or all(len(bin) == 1 or sum(sizes[i] for i in bin) <= room for bin in bins):
             return bins
-        count += lanes
+        count += max(lanes, count // 64)
 
 
 def _level(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Return ``count`` bins of similar size: the largest first, each into the bin that has least (Graham 1969)."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    filled = [0] * count
+    least = [(0, place) for place in range(count)]  # a heap
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        place = filled.index(min(filled))
+        filled, place = least[0]
         bins[place].append(index)
-        filled[place] += sizes[index]
+        heapq.heapreplace(least, (filled + sizes[index], place))
     return bins
 
 
 def _first_fit(sizes: Sequence[int], room_per_bin: int) -> list[list[int]]:
     """Return bins of indices whose sizes sum to at most ``room_per_bin`` each, or hold one item that is larger."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    # A tree over all bins there could be, each node with the most room below it: the first bin that has enough is found
+    # in as many steps as the tree is high.
+    leaves = 1 << (len(sizes) - 1).bit_length() if sizes else 1
+    room = [room_per_bin] * (2 * leaves)
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        place = next((i for i, free in enumerate(room) if free >= sizes[index]), None)
-        if place is None:
-            bins.append([index])
-            room.append(room_per_bin - sizes[index])
-        else:
-            bins[place].append(index)
-            room[place] -= sizes[index]
+        node = leaves + len(bins) if sizes[index] > room_per_bin else 1
+        while node < leaves:
+            node = 2 * node + (room[2 * node] < sizes[index])
+        if node - leaves == len(bins):
+            bins.append([])
+        bins[node - leaves].append(index)
+        room[node] -= sizes[index]
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return bins
 
 
