@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
 from luthier.errors import CapacityError, InputError
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.training import TrainingConfig, TrainingPlan
-from luthier.templates.renderer import RenderReport, TokenizedExample
-from luthier.train.plan import Material, plan_training
+from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
+from luthier.train.plan import SECONDS_TO_START, Material, computed_tokens, plan_training, validations
 
 SHAPE = ModelShape(
     layers=30,
@@ -20,6 +24,18 @@ SHAPE = ModelShape(
     vocabulary=49152,
     context_length=8192,
     parameters=134_515_008,
+    fused=True,
+)
+EIGHT_BILLION = ModelShape(
+    layers=32,
+    width=4096,
+    intermediate=14336,
+    heads=32,
+    key_heads=8,
+    vocabulary=128_256,
+    context_length=8192,
+    parameters=8_030_261_248,
+    fused=True,
 )
 MACHINE = Machine(cores=2, memory_bytes=24 * 10**9, has_fast_bfloat16=True, matmul_flops=7e11)
 
@@ -29,9 +45,18 @@ def examples(count: int, length: int = 40) -> list[TokenizedExample]:
     return [TokenizedExample(str(i), [1, 2, 3, 4, *[10 + i % 50] * (length - 4)], mask) for i in range(count)]
 
 
-def make_plan(count: int, machine: Machine = MACHINE, shape: ModelShape = SHAPE, **options: object) -> TrainingPlan:
+def make_plan(
+    count: int,
+    machine: Machine = MACHINE,
+    shape: ModelShape = SHAPE,
+    length: int = 40,
+    *,
+    proven: bool = False,
+    **options: object,
+) -> TrainingPlan:
     config = TrainingConfig.model_validate(options)
-    return plan_training(Material(examples(count), examples(5), RenderReport()), config, shape, machine)
+    material = Material(examples(count, length), examples(5, length), RenderReport(), proven=proven)
+    return plan_training(material, config, shape, machine)
 
 
 def test_every_derived_value_has_a_reason() -> None:
@@ -75,11 +100,195 @@ def test_steps_cover_all_passes() -> None:
     assert plan.steps == 13  # 200 visits in batches of 16
 
 
-def test_what_cannot_fit_is_refused_with_what_to_lower() -> None:
-    small = MACHINE.model_copy(update={"memory_bytes": 10**9})
+def refusal(memory_bytes: int, length: int = 40, shape: ModelShape = SHAPE, **options: object) -> str:
+    """Return the hint that comes with a refusal."""
+    small = MACHINE.model_copy(update={"memory_bytes": memory_bytes})
     with pytest.raises(CapacityError, match="needs about") as refused:
-        make_plan(100, small, tokens_per_row=16_384)
-    assert "tokens_per_row" in (refused.value.hint or "")
+        make_plan(100, small, shape, length, **options)
+    return refused.value.hint or ""
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "length", "shape", "options"),
+    [
+        (1_600_000_000, 40, SHAPE, {"tokens_per_row": 16_384}),
+        (1_600_000_000, 40, SHAPE, {"tokens_per_row": 16_384, "recompute": False}),
+        (1_400_000_000, 4_000, SHAPE, {}),
+        (1_400_000_000, 900, SHAPE, {"method": "raw_text"}),
+        (12_000_000_000, 40, EIGHT_BILLION, {}),
+        (11_000_000_000, 2_000, EIGHT_BILLION, {"mode": "qlora", "base_bits": 8}),
+        (30_000_000_000, 40, EIGHT_BILLION, {"mode": "full"}),
+        (40_000_000_000, 40, EIGHT_BILLION, {"mode": "last_layers"}),
+    ],
+)
+def test_each_way_to_fit_that_a_refusal_names_does_fit(
+    memory_bytes: int, length: int, shape: ModelShape, options: dict[str, object]
+) -> None:
+    ways = refusal(memory_bytes, length, shape, **options).split(", or ")
+    for way in ways:
+        named = dict(re.findall(r"(\w+)=(\w+)", way))
+        assert named
+        named.pop("too_long", None)
+        longest = int(named.get("max_tokens", length))
+        changed = options | {name: int(value) if value.isdigit() else value for name, value in named.items()}
+        if "mode" in named:
+            changed = {name: value for name, value in changed.items() if name not in ("base_bits", "last_layers")}
+        machine = MACHINE.model_copy(update={"memory_bytes": memory_bytes})
+        assert make_plan(100, machine, shape, min(length, longest), **changed).memory_bytes <= memory_bytes
+
+
+def test_where_weights_alone_are_too_large_no_shorter_rows_are_promised() -> None:
+    hint = refusal(12_000_000_000, 2_000, EIGHT_BILLION)
+    assert hint == "use mode=qlora"
+
+
+def test_where_no_option_helps_the_refusal_names_the_base_that_would_fit() -> None:
+    hint = refusal(6_000_000_000, 2_000, EIGHT_BILLION)
+    assert "no option makes it fit" in hint
+    billions = float(re.findall(r"less than ([\d.]+) billion", hint)[0])
+    share = 0.95 * billions * 1e9 / EIGHT_BILLION.parameters
+    # Less of everything that a base's memory grows with.
+    smaller = EIGHT_BILLION.model_copy(
+        update={
+            "layers": int(32 * share),
+            "vocabulary": int(128_256 * share),
+            "parameters": int(EIGHT_BILLION.parameters * share),
+        }
+    )
+    machine = MACHINE.model_copy(update={"memory_bytes": 6_000_000_000})
+    assert make_plan(100, machine, smaller, 64, mode="qlora", recompute=True).memory_bytes <= 6_000_000_000
+
+
+def test_a_proof_that_main_memory_cannot_hold_is_refused_before_the_training() -> None:
+    machine = MACHINE.model_copy(update={"device": "cuda", "main_memory_bytes": 12_000_000_000})
+    with pytest.raises(CapacityError, match="main memory") as refused:
+        make_plan(20, machine, EIGHT_BILLION, mode="qlora", proven=True)
+    assert "parity_prompts" in (refused.value.hint or "")
+    assert make_plan(20, machine, EIGHT_BILLION, mode="qlora").main_memory_bytes < 6_000_000_000
+    shy = machine.model_copy(update={"main_memory_bytes": 2_000_000_000})
+    with pytest.raises(CapacityError) as refused:
+        make_plan(20, shy, EIGHT_BILLION, mode="qlora", proven=True)
+    assert "parity_prompts" not in (refused.value.hint or "")
+
+
+def test_layers_that_do_not_run_fused_need_more() -> None:
+    fused = make_plan(100).memory_bytes
+    assert make_plan(100, shape=SHAPE.model_copy(update={"fused": False})).memory_bytes > fused
+    assert make_plan(100, mode="dora").memory_bytes > make_plan(100, lora_dropout=0.1).memory_bytes > 1.2 * fused
+
+
+def test_a_head_of_its_own_counts_among_the_last_layers() -> None:
+    untied = SHAPE.model_copy(update={"parameters": SHAPE.parameters + 49_152 * 576})
+    more = (
+        make_plan(100, shape=untied, mode="last_layers").memory_bytes - make_plan(100, mode="last_layers").memory_bytes
+    )
+    assert more == pytest.approx(49_152 * 576 * (4 + 4 + 8), rel=0.01)
+
+
+def test_the_data_set_counts_where_the_steps_are_computed() -> None:
+    short, long = (make_plan(2_000, length=length, tokens_per_row=1_000) for length in (40, 400))
+    assert long.memory_bytes - short.memory_bytes == long.data_bytes - short.data_bytes > 30_000_000
+    card = MACHINE.model_copy(update={"device": "cuda", "main_memory_bytes": 10**11})
+    assert (
+        make_plan(200, card, tokens_per_row=1_000).memory_bytes
+        == make_plan(200, card, length=400, tokens_per_row=1_000).memory_bytes
+    )
+
+
+def test_a_row_has_room_for_the_longest_example_of_every_side() -> None:
+    plan = plan_training(
+        Material(examples(50), examples(5, 1_500), RenderReport(), test=examples(3, 2_500)),
+        TrainingConfig(),
+        SHAPE,
+        MACHINE,
+    )
+    assert plan.longest_example == plan.resolved.tokens_per_row == 2_500
+
+
+# What is not learned takes time too
+
+
+def passes(plan: TrainingPlan) -> dict[str, int]:
+    return {
+        reason.name: int(reason.value.split()[0].replace(",", ""))
+        for reason in plan.reasons
+        if reason.value.endswith(" tokens")
+    }
+
+
+def test_validations_sample_answers_and_the_test_are_in_the_time() -> None:
+    config = TrainingConfig(epochs=2, batch_size=8)
+    bare = Material(examples(40), [], RenderReport())
+    full = replace(bare, validation=examples(8), test=examples(16), sample_prompts=[30, 50], sample_tokens=10)
+    without, found = (plan_training(material, config, SHAPE, MACHINE) for material in (bare, full))
+    assert without.forward_tokens == 0
+    one = computed_tokens(full.validation, 4, found.resolved)  # batch by batch
+    assert passes(found) == {
+        "validation": 4 * one,
+        "test": computed_tokens(full.test, 4, found.resolved),
+        "sample answers": 4 * (80 * 10 + 2 * 50),
+    }
+    assert found.forward_tokens == sum(passes(found).values())
+    learned = without.seconds - SECONDS_TO_START
+    share = 0.5 * found.forward_tokens / (2 * found.computed_tokens_per_epoch)
+    assert found.seconds - SECONDS_TO_START == pytest.approx(learned * (1 + share), rel=0.05, abs=0.11)
+
+
+def test_the_reference_of_preferences_is_in_the_time() -> None:
+    (plain,) = examples(1)
+    pairs = [TokenizedPair(str(i), plain, replace(plain, tokens=[*plain.tokens[:-1], 99])) for i in range(24)]
+    material = Material(pairs[:20], pairs[20:], RenderReport())
+    plan = plan_training(material, TrainingConfig(method="dpo", validations=1), SHAPE, MACHINE)
+    assert passes(plan)["reference"] == plan.computed_tokens_per_epoch + passes(plan)["validation"]
+
+
+def test_the_drift_of_thumbs_is_in_the_time() -> None:
+    thumbs = [replace(example, label=float(i % 2)) for i, example in enumerate(examples(20))]
+    plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
+    learned = plan.computed_tokens_per_epoch
+    assert passes(plan) == {"reference": 2 * learned, "drift": int(plan.resolved.epochs) * learned}
+
+
+def test_a_validation_at_the_end_of_each_pass_counts_once() -> None:
+    resolved = make_plan(100, epochs=3, batch_size=10, validations=3).resolved  # 30 steps, validated after 10, 20, 30
+    assert validations(resolved, 30, 100, epoch_weights=True) == 3
+    assert validations(resolved, 30, 100, epoch_weights=False) == 3
+    uneven = resolved.model_copy(update={"validate_every": 7})
+    assert validations(uneven, 30, 100, epoch_weights=False) == 5  # 7, 14, 21, 28, 30
+    assert validations(uneven, 30, 100, epoch_weights=True) == 7  # and 10, 20
+
+
+# Rules
+
+
+@pytest.mark.parametrize(("steps", "looks", "saved"), [(7, 4, 7), (15, 4, 8), (75, 4, 10), (3, 3, 3), (9, 3, 9)])
+def test_there_are_no_more_validations_and_checkpoints_than_meant(steps: int, looks: int, saved: int) -> None:
+    plan = make_plan(steps * 8, epochs=1, batch_size=8)
+    assert plan.steps == steps
+    resolved = plan.resolved
+    assert math.ceil(steps / resolved.validate_every) == looks
+    assert math.ceil(steps / resolved.checkpoint_every) == saved
+
+
+def test_long_answers_need_fewer_passes_and_smaller_batches() -> None:
+    def learned(count: int, length: int) -> TrainingPlan:
+        units = [replace(one, loss_mask=[False] * 4 + [True] * (length - 4)) for one in examples(count, length)]
+        return plan_training(Material(units, [], RenderReport()), TrainingConfig(), SHAPE, MACHINE)
+
+    short, long = learned(300, 40), learned(300, 2_000)
+    assert (short.resolved.epochs, long.resolved.epochs) == (5, 1)
+    assert (learned(1_000, 20).resolved.batch_size, learned(1_000, 1_500).resolved.batch_size) == (16, 8)
+    assert "learned tokens" in next(reason.reason for reason in long.reasons if reason.name == "epochs")
+
+
+def test_an_adapter_has_room_for_what_there_is_to_learn() -> None:
+    tiny = SHAPE.model_copy(update={"layers": 1, "width": 36, "intermediate": 96})
+    assert [make_plan(count, shape=tiny).resolved.lora_rank for count in (50, 15_000, 40_000)] == [16, 32, 64]
+
+
+def test_the_plan_of_the_demo_stays_as_it_was() -> None:
+    resolved = make_plan(1_206, length=56).resolved
+    assert (resolved.epochs, resolved.batch_size, resolved.lora_rank, resolved.tokens_per_row) == (1, 16, 16, 1_024)
 
 
 def test_one_example_is_refused() -> None:

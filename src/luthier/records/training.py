@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from luthier.records.base_model import ModelShape
 from luthier.records.columns import Columns
 from luthier.records.objectives import (
     PAIRED,
@@ -187,6 +188,10 @@ class TrainingPlan(Record):
     """What a run will do, before it does it.
 
     Bytes and seconds are estimates, or follow from ``measured`` steps where there are; ``reasons`` says how they came.
+    ``memory_bytes`` is what its steps need on the device that computes, ``main_memory_bytes`` what loading, export and
+    parity need of main memory (which is the device's own where ``machine_main_memory_bytes`` is None); ``data_bytes``
+    of it is the data set. ``forward_tokens`` go through the model in all without being learned: validations, the
+    reference, sample answers, the test.
     """
 
     examples: int
@@ -202,6 +207,11 @@ class TrainingPlan(Record):
     resolved: Resolved
     memory_bytes: int
     machine_memory_bytes: int
+    main_memory_bytes: int = 0
+    machine_main_memory_bytes: int | None = None
+    data_bytes: int = 0
+    forward_tokens: int = 0
+    shape: ModelShape | None = None
     seconds: float
     measured: Measured | None = None
     reasons: tuple[Derived, ...]

@@ -1,7 +1,7 @@
 """The rules behind ``auto``: every hyperparameter that was not given, and why it is what it is.
 
-The rules depend on the number of examples, the model's width and the machine. They are defaults that a person can
-read and overrule; ``docs/training.md`` lists them.
+The rules depend on the number of examples and of their tokens with loss, the model's width and the machine. They are
+defaults that a person can read and overrule; ``docs/training.md`` lists them.
 """
 
 from __future__ import annotations
@@ -18,26 +18,55 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """What ``auto`` means for a method: visits of examples in all, most passes, factor on the learning rate."""
+class Amount:
+    """How much there is to learn from: examples, their tokens with loss, and the tokens of the longest one of all."""
 
-    visits: int
+    examples: int
+    loss_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What ``auto`` means for a method.
+
+    Visits of examples in all, and learned tokens in all, whichever is reached first; most passes; factor on the
+    learning rate.
+    """
+
+    visits: float
+    loss_tokens: float
     max_epochs: int
     rate: float
 
+    def epochs(self, amount: Amount) -> int:
+        """Return the passes over an amount."""
+        wanted = min(self.visits / amount.examples, self.loss_tokens / max(1, amount.loss_tokens))
+        return min(self.max_epochs, max(1, round(min(wanted, self.max_epochs))))
+
+    @property
+    def limits(self) -> str:
+        """Both limits in words."""
+        words = [f"{self.visits:,.0f} visits of examples"] if self.visits < math.inf else []
+        words += [f"{self.loss_tokens:,.0f} learned tokens"] if self.loss_tokens < math.inf else []
+        return " or ".join(words)
+
 
 RULES: dict[Method, _Rule] = {
-    "supervised": _Rule(1_500, 10, 1.0),
-    "raw_text": _Rule(1_500, 3, 0.4),
-    "dpo": _Rule(2_000, 3, 0.1),
-    "orpo": _Rule(2_000, 3, 0.2),
-    "kto": _Rule(2_000, 3, 0.1),
-    "reward": _Rule(2_000, 3, 0.4),
-    "classification": _Rule(40_000, 10, 1.0),
-    "regression": _Rule(40_000, 10, 1.0),
+    "supervised": _Rule(1_500, 600_000, 10, 1.0),
+    "raw_text": _Rule(math.inf, 1_500_000, 3, 0.4),
+    "dpo": _Rule(2_000, 1_200_000, 3, 0.1),
+    "orpo": _Rule(2_000, 1_200_000, 3, 0.2),
+    "kto": _Rule(2_000, 1_200_000, 3, 0.1),
+    "reward": _Rule(2_000, math.inf, 3, 0.4),
+    "classification": _Rule(40_000, math.inf, 10, 1.0),
+    "regression": _Rule(40_000, math.inf, 10, 1.0),
 }
 FULL_RATE = 0.2
 STEPS_PER_EPOCH = 80
+BATCH_LOSS_TOKENS = 16_384
+BITS_PER_PARAMETER = 2  # that a trained number can know (Allen-Zhu and Li 2024, arXiv 2404.05405)
+RANKS = (16, 32, 64, 128)
 LAST_LAYERS_SHARE = 0.25
 RAW_TEXT_TOKENS = 1_024
 REFERENCE_LEARNING_RATE = 5e-4
@@ -67,31 +96,30 @@ class Reasons:
 
 
 def resolve(
-    config: TrainingConfig, examples: int, longest: int, shape: ModelShape, machine: Machine
+    config: TrainingConfig, amount: Amount, shape: ModelShape, machine: Machine
 ) -> tuple[Resolved, int, list[Derived]]:
     """Derive every ``auto`` value; return them, the number of optimizer steps, and the reasons."""
-    reasons, rule = Reasons(), RULES[config.method]
+    reasons, rule, examples = Reasons(), RULES[config.method], amount.examples
     epochs = float(
         reasons.pick(
             "epochs",
             config.epochs,
-            float(min(rule.max_epochs, max(1, round(rule.visits / examples)))),
-            f"{config.method}: about {rule.visits:,} visits of examples in all, 1 to {rule.max_epochs} passes "
-            f"over {examples:,}",
+            float(rule.epochs(amount)),
+            f"{config.method}: about {rule.limits} in all, 1 to {rule.max_epochs} passes over {examples:,} examples "
+            f"with {amount.loss_tokens:,} learned tokens",
         )
     )
-    batch_size = min(examples, reasons.pick("batch size", config.batch_size, _batch_size(examples), _BATCH_REASON))
+    batch_size = min(examples, reasons.pick("batch size", config.batch_size, _batch_size(amount), _BATCH_REASON))
     steps = max(1, math.ceil(examples * epochs / batch_size))
-    rank = config.lora_rank if config.lora_rank != AUTO else 16
+    rank = _rank(config, amount, shape, reasons)
     alpha = config.lora_alpha if config.lora_alpha != AUTO else 2.0 * rank
     if config.mode in ADAPTERS:
-        reasons.pick("LoRA rank", config.lora_rank, rank, "enough for tasks of up to some 10,000 examples")
         reasons.pick("LoRA alpha", config.lora_alpha, alpha, "twice the rank, so its scale is 2")
     learning_rate = _learning_rate(config, shape, batch_size, reasons)
     warmup_share = reasons.pick("warm-up", config.warmup_share, 0.06, "6 % of the steps")
     validations = int(reasons.pick("validations", config.validations, min(4, steps), "four looks at held-out loss"))
     checkpoints = int(reasons.pick("checkpoints", config.checkpoints, min(10, steps), "a tenth of the work is at risk"))
-    row = _tokens_per_row(config, longest, machine, reasons)
+    row = _tokens_per_row(config, amount.longest, machine, reasons)
     resolved = Resolved(
         method=config.method,
         mode=config.mode,
@@ -112,9 +140,9 @@ def resolve(
         max_tokens=max_tokens(config, shape),
         tokens_per_row=row,
         recompute=config.recompute is True,
-        validate_every=max(1, steps // max(1, validations)),
+        validate_every=math.ceil(steps / validations),
         early_stopping=config.early_stopping,
-        checkpoint_every=max(1, steps // max(1, checkpoints)),
+        checkpoint_every=math.ceil(steps / checkpoints),
         precision=_precision(config, machine, reasons),
         seed=config.seed,
         supervised=config.supervised,
@@ -132,11 +160,27 @@ def max_tokens(config: TrainingConfig, shape: ModelShape) -> int:
     return limit if config.max_tokens == AUTO else min(int(config.max_tokens), shape.context_length)
 
 
-_BATCH_REASON = f"some {STEPS_PER_EPOCH} steps a pass: a power of two from 4 to 32"
+_BATCH_REASON = (
+    f"some {STEPS_PER_EPOCH} steps a pass: a power of two from 4 to 32, above 4 of at most {BATCH_LOSS_TOKENS:,} "
+    "learned tokens: more of them average out what each says"
+)
 
 
-def _batch_size(examples: int) -> int:
-    return int(min(32, max(4, 2 ** round(math.log2(max(1, examples / STEPS_PER_EPOCH))))))
+def _batch_size(amount: Amount) -> int:
+    """Return the power of two that makes about the wanted steps, with no more learned tokens than a step needs."""
+    enough = BATCH_LOSS_TOKENS * amount.examples / max(1, amount.loss_tokens)
+    largest = 2.0 ** math.floor(math.log2(max(4, min(32, enough))))
+    return int(min(largest, max(4, 2 ** round(math.log2(max(1, amount.examples / STEPS_PER_EPOCH))))))
+
+
+def _rank(config: TrainingConfig, amount: Amount, shape: ModelShape, reasons: Reasons) -> int:
+    """Return the least usual rank whose numbers can know a bit of every learned token."""
+    enough = (rank for rank in RANKS if BITS_PER_PARAMETER * shape.adapter_parameters(rank) >= amount.loss_tokens)
+    rank = next(enough, RANKS[-1])
+    if config.mode not in ADAPTERS:
+        return rank
+    size = f"its {shape.adapter_parameters(rank):,} numbers can know a bit of each learned token, two bits a number"
+    return reasons.pick("LoRA rank", config.lora_rank, rank, size if rank < RANKS[-1] else "the most that is usual")
 
 
 def _learning_rate(config: TrainingConfig, shape: ModelShape, batch_size: int, reasons: Reasons) -> float:

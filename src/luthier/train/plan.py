@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from luthier.errors import CapacityError, InputError
 from luthier.llm.rows import Row, pack, pack_groups, shared_prefix
 from luthier.records.base_model import Machine, ModelShape
+from luthier.records.objectives import product
 from luthier.records.training import AUTO, Derived, Measured, Resolved, TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
-from luthier.train.hyperparameters import resolve
+from luthier.templates.spool import SpooledExamples
+from luthier.train.hyperparameters import Amount, resolve
+from luthier.train.memory import data_bytes, largest_base, least_need, main_memory_need, memory_need, ways_to_fit
 
-PROCESS_BYTES = 900e6  # the interpreter with torch and transformers loaded, no model
-LORA_INPUTS = 7  # linear layers per decoder layer that carry an adapter
 USEFUL_SHARE = 0.4  # of the measured matrix rate that a whole training step reaches, where no step was measured
 SECONDS_TO_START = 8.0
-LOGITS_AT_ONCE = 8e6 * 4 * 3  # see luthier.llm.engine.target_logprobs
 
 Unit = TokenizedExample | TokenizedPair
 
 
 @dataclass(frozen=True)
 class Material:
-    """What there is to learn from: training and held-out units, and what was left out on the way."""
+    """What there is to learn from: training and held-out units, and what was left out on the way.
+
+    ``sample_prompts`` are the lengths of prompts that are answered at each validation, with up to ``sample_tokens``.
+    ``epoch_weights``: a validation falls on the end of each pass, too. ``proven``: the forms of what is trained are
+    compared at the end.
+    """
 
     examples: Sequence[Unit]
     validation: Sequence[Unit]
     report: RenderReport
+    test: Sequence[Unit] = ()
+    sample_prompts: Sequence[int] = ()
+    sample_tokens: int = 0
+    epoch_weights: bool = False
+    proven: bool = False
 
 
 def plan_training(material: Material, config: TrainingConfig, shape: ModelShape, machine: Machine) -> TrainingPlan:
@@ -43,52 +53,99 @@ def plan_training(material: Material, config: TrainingConfig, shape: ModelShape,
             f"{len(units)} example is too few to learn from; at least 2 are needed, 20 are sensible.",
             hint="add examples to the dataset, or leave fewer out",
         )
-    longest = max(_length(unit) for unit in units)
-    resolved, steps, reasons = resolve(config, len(units), longest, shape, machine)
+    sizes = _Sizes.of(material)
+    amount = Amount(len(units), sizes.loss_tokens, sizes.longest)
+    resolved, steps, reasons = resolve(config, amount, shape, machine)
     prefix = _prefix(units, material.validation)
-    resolved = _fitted(resolved, config, longest, shape, machine, reasons)
+    on_gpu = machine.main_memory_bytes is not None
+    resolved = _fitted(resolved, config, sizes, shape, machine, reasons)
     computed = computed_tokens(units, prefix, resolved)
+    passes = list(_forward_passes(material, computed, prefix, resolved, steps))
+    reasons += [passed.reason for passed in passes]
     plan = TrainingPlan(
         examples=len(units),
         validation_examples=len(material.validation),
-        tokens_per_epoch=sum(_tokens(unit) for unit in units),
-        loss_tokens_per_epoch=sum(_loss_tokens(unit) for unit in units),
+        tokens_per_epoch=sizes.tokens,
+        loss_tokens_per_epoch=sizes.loss_tokens,
         computed_tokens_per_epoch=computed,
-        longest_example=longest,
+        longest_example=sizes.longest,
         shared_prefix=prefix,
         dropped=dict(material.report.dropped),
         truncated=material.report.truncated,
         steps=steps,
         resolved=resolved,
-        memory_bytes=memory_bytes(resolved, shape),
+        memory_bytes=memory_need(resolved, shape, 0 if on_gpu else sizes.held).at(resolved.tokens_per_row),
         machine_memory_bytes=machine.memory_bytes,
+        main_memory_bytes=main_memory_need(resolved, shape, sizes.held, proven=material.proven, on_gpu=on_gpu),
+        machine_main_memory_bytes=machine.main_memory_bytes,
+        data_bytes=sizes.held,
+        forward_tokens=sum(passed.tokens for passed in passes),
+        shape=shape,
         seconds=0.0,
         reasons=tuple(reasons),
     )
-    validated = computed_tokens(material.validation, prefix, resolved) * (1 + steps // resolved.validate_every)
-    operations = shape.linear_parameters * (4 * computed * resolved.epochs + 2 * validated)
-    plan = plan.model_copy(
-        update={"seconds": round(SECONDS_TO_START + operations / (machine.matmul_flops * USEFUL_SHARE), 1)}
-    )
+    rate = shape.linear_parameters * _operations(resolved, shape) / (machine.matmul_flops * USEFUL_SHARE)
+    plan = plan.model_copy(update={"seconds": _seconds(plan, shape, rate)})
     refuse_what_cannot_fit(plan)
     return plan
 
 
-def with_measured(plan: TrainingPlan, measured: Measured, validation: Sequence[Unit]) -> TrainingPlan:
-    """Return the plan with memory and time from steps that were really made.
+def with_measured(plan: TrainingPlan, measured: Measured) -> TrainingPlan:
+    """Return the plan with memory and time from steps that were really made, on few of its examples.
 
     Raises:
         CapacityError: as :func:`plan_training`.
     """
-    trained = plan.computed_tokens_per_epoch * plan.resolved.epochs
-    validations = 1 + plan.steps // plan.resolved.validate_every
-    validated = computed_tokens(validation, plan.shared_prefix, plan.resolved) * validations
-    seconds = SECONDS_TO_START + (trained + 0.5 * validated) * measured.seconds / measured.tokens
-    found = plan.model_copy(
-        update={"measured": measured, "memory_bytes": measured.peak_bytes, "seconds": round(seconds, 1)}
-    )
+    peak = measured.peak_bytes + (plan.data_bytes if plan.machine_main_memory_bytes is None else 0)
+    found = plan.model_copy(update={"measured": measured, "memory_bytes": peak})
+    if plan.shape is not None:
+        found = found.model_copy(update={"seconds": _seconds(plan, plan.shape, measured.seconds / measured.tokens)})
     refuse_what_cannot_fit(found)
     return found
+
+
+def refuse_what_cannot_fit(plan: TrainingPlan) -> None:
+    """Raise where a plan needs more memory than there is.
+
+    Raises:
+        CapacityError: with what would make it fit.
+    """
+    if plan.memory_bytes > plan.machine_memory_bytes:
+        raise CapacityError(
+            f"This run needs about {plan.memory_bytes / 1e9:.1f} GB and the machine has "
+            f"{plan.machine_memory_bytes / 1e9:.1f} GB free.",
+            hint=_hint(plan),
+        )
+    free = plan.machine_memory_bytes if plan.machine_main_memory_bytes is None else plan.machine_main_memory_bytes
+    if plan.main_memory_bytes > free:
+        raise CapacityError(
+            f"To load the base, export what it becomes and prove it (parity), this run needs about "
+            f"{plan.main_memory_bytes / 1e9:.1f} GB of main memory, and {free / 1e9:.1f} GB are free.",
+            hint=_main_memory_hint(plan, free),
+        )
+
+
+def _main_memory_hint(plan: TrainingPlan, free: int) -> str:
+    if plan.shape is not None:
+        on_gpu = plan.machine_main_memory_bytes is not None
+        unproven = main_memory_need(plan.resolved, plan.shape, plan.data_bytes, proven=False, on_gpu=on_gpu)
+        if unproven <= free:
+            return f"set parity_prompts to 0: without the proof it needs {unproven / 1e9:.1f} GB"
+    return "take a smaller base model, or a machine with more main memory"
+
+
+def _hint(plan: TrainingPlan) -> str:
+    if plan.shape is None:
+        return "take a smaller base model"
+    ways = ways_to_fit(plan, plan.shape)
+    if ways:
+        return ", or ".join(ways[:3])
+    least, largest = least_need(plan, plan.shape), largest_base(plan, plan.shape)
+    smaller = f"a base model of less than {largest / 1e9:.2g} billion parameters, or " if largest > 1e7 else ""
+    return (
+        f"no option makes it fit: it needs {least / 1e9:.1f} GB at least, with a base in 4 bits and the shortest rows; "
+        f"take {smaller}a machine with more memory"
+    )
 
 
 def computed_tokens(units: Sequence[Unit], prefix: int, resolved: Resolved) -> int:
@@ -106,57 +163,101 @@ def rows_of(batch: Sequence[Unit], prefix: int, resolved: Resolved) -> list[Row]
     return pack_groups(sides, [(2 * i, 2 * i + 1) for i in range(len(pairs))], resolved.tokens_per_row)
 
 
-def memory_bytes(resolved: Resolved, shape: ModelShape) -> int:
-    """Estimate a run's peak memory: process, base, what is trained with its optimizer, activations, logits."""
-    number = 2 if resolved.precision == "bfloat16" else 4
-    key_width = shape.width // shape.heads * shape.key_heads
-    kept = 1 if resolved.recompute else 4 + 2 * key_width / shape.width + 2 * shape.intermediate / shape.width
-    activations = resolved.tokens_per_row * shape.width * number * (shape.layers * kept + 12)
-    return int(PROCESS_BYTES + _weights(resolved, shape, number) + activations + LOGITS_AT_ONCE)
+@dataclass(frozen=True)
+class _Sizes:
+    """How long units are: of the training side in all, the longest one of every side, and the bytes that hold them."""
+
+    tokens: int
+    loss_tokens: int
+    longest: int
+    held: int
+
+    @classmethod
+    def of(cls, material: Material) -> _Sizes:
+        tokens = loss_tokens = longest = units = held = 0
+        for side in (material.examples, material.validation, material.test):
+            in_memory = not isinstance(side, SpooledExamples)
+            for unit in side:
+                mine = _tokens(unit)
+                longest = max(longest, _length(unit))
+                units, held = units + in_memory, held + mine * in_memory
+                if side is material.examples:
+                    tokens, loss_tokens = tokens + mine, loss_tokens + _loss_tokens(unit)
+        return cls(tokens, loss_tokens, longest, data_bytes(units, held))
 
 
-def refuse_what_cannot_fit(plan: TrainingPlan) -> None:
-    """Raise where a plan needs more memory than there is.
-
-    Raises:
-        CapacityError: with what to lower, and to what.
-    """
-    if plan.memory_bytes <= plan.machine_memory_bytes:
-        return
-    row = plan.resolved.tokens_per_row
-    over = plan.memory_bytes / plan.machine_memory_bytes
-    raise CapacityError(
-        f"This run needs about {plan.memory_bytes / 1e9:.1f} GB and the machine has "
-        f"{plan.machine_memory_bytes / 1e9:.1f} GB free.",
-        hint=f"set max_tokens and tokens_per_row to {max(64, int(row / over / 1.2))} (now {row}; the longest example "
-        f"has {plan.longest_example} tokens), use mode qlora, or take a smaller base model",
-    )
+@dataclass(frozen=True)
+class _ForwardPass:
+    tokens: int
+    reason: Derived
 
 
-def _weights(resolved: Resolved, shape: ModelShape, number: int) -> float:
-    if not resolved.has_adapter:
-        moments = 2 if resolved.optimizer == "adamw_8bit" else 8
-        share = resolved.last_layers / shape.layers if resolved.mode == "last_layers" else 1.0
-        return shape.parameters * (4 + share * (4 + moments))
-    adapter = shape.layers * resolved.lora_rank * (LORA_INPUTS * 2 * shape.width + 3 * shape.intermediate)
-    linear = shape.linear_parameters
-    base: float = (shape.parameters - linear) * number
-    base += linear * (resolved.base_bits / 8 + 0.07 if resolved.mode == "qlora" else number)
-    return base + adapter * 16
+def _forward_passes(
+    material: Material, learned: int, prefix: int, resolved: Resolved, steps: int
+) -> Iterator[_ForwardPass]:
+    """Yield what goes through the model in a run without being learned; ``learned`` tokens are learned in each pass."""
+
+    def passed(name: str, tokens: float, reason: str) -> _ForwardPass:
+        return _ForwardPass(int(tokens), Derived(name=name, value=f"{int(tokens):,} tokens", reason=reason))
+
+    looks = validations(resolved, steps, len(material.examples), epoch_weights=material.epoch_weights)
+    validated, tested = (computed_tokens(side, prefix, resolved) for side in (material.validation, material.test))
+    if validated:
+        yield passed("validation", looks * validated, f"{looks} times the validation side, forward only")
+    if tested:
+        yield passed("test", tested, "the test side, once, with the best weights")
+    if resolved.method == "dpo":
+        reason = "every answer is asked of the model as it is before its first step"
+        yield passed("reference", learned + validated + tested, reason)
+    if resolved.method == "kto":
+        once = 2 * (learned + validated + tested)
+        reason = "every answer, and one to another prompt, is asked of the model as it is before its first step"
+        yield passed("reference", once, reason)
+        drift = resolved.epochs * learned + looks * validated + tested
+        yield passed("drift", drift, "beside each batch, answers to other prompts, forward only")
+    answered = sum(material.sample_prompts) * material.sample_tokens
+    if looks and validated and answered and product(resolved.method) == "generator":
+        answered += len(material.sample_prompts) * material.sample_tokens**2 // 2
+        reason = f"{looks} times {len(material.sample_prompts)} answers, a whole pass for each token, at the most"
+        yield passed("sample answers", looks * answered, reason)
+
+
+def validations(resolved: Resolved, steps: int, examples: int, *, epoch_weights: bool) -> int:
+    """Return how often a run is validated: at even distances, at its last step, and where asked after each pass."""
+    at = {steps, *range(resolved.validate_every, steps + 1, resolved.validate_every)}
+    if epoch_weights:
+        ends = (-(-examples * passes // resolved.batch_size) for passes in range(1, int(resolved.epochs) + 1))
+        at |= {min(end, steps) for end in ends}
+    return len(at)
+
+
+def _operations(resolved: Resolved, shape: ModelShape) -> float:
+    """Return the operations of a training step for each linear parameter and token: forward, backward, gradients."""
+    trained = {"full": 1.0, "last_layers": resolved.last_layers / shape.layers}.get(resolved.mode, 0.0)
+    backward = trained if resolved.mode == "last_layers" else 1.0  # nothing goes back below what is trained
+    return 2 + 2 * backward + 2 * trained + (2 * backward if resolved.recompute else 0)
+
+
+def _seconds(plan: TrainingPlan, shape: ModelShape, seconds_per_token: float) -> float:
+    """Return a run's time from that of a token that is learned; one that is not takes its forward pass alone."""
+    trained = plan.computed_tokens_per_epoch * plan.resolved.epochs
+    forward = plan.forward_tokens * 2 / _operations(plan.resolved, shape)
+    return round(SECONDS_TO_START + (trained + forward) * seconds_per_token, 1)
 
 
 def _fitted(
     resolved: Resolved,
     config: TrainingConfig,
-    longest: int,
+    sizes: _Sizes,
     shape: ModelShape,
     machine: Machine,
     reasons: list[Derived],
 ) -> Resolved:
     """Return the numbers with rows shortened, then layers recomputed, as far as memory asks and options allow."""
+    longest, data = sizes.longest, sizes.held if machine.main_memory_bytes is None else 0
 
     def fits(found: Resolved) -> bool:
-        return memory_bytes(found, shape) <= machine.memory_bytes
+        return memory_need(found, shape, data).at(found.tokens_per_row) <= machine.memory_bytes
 
     while not fits(resolved) and config.tokens_per_row == AUTO and resolved.tokens_per_row > longest:
         shorter = max(longest, resolved.tokens_per_row // 2)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import heapq
 import multiprocessing
 import os
+import signal
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from luthier.errors import CapacityError, RunStopped
+from luthier.errors import CapacityError, EngineError, LuthierError, RunStopped
 from luthier.records.training import Derived, Measured, StepMetrics, TrainingPlan
 from luthier.train.engine.loop import TrainingJob, peak_memory_bytes, train
 from luthier.train.engine.objectives.objective import Unit, tokens_of
-from luthier.train.plan import rows_of, with_measured
+from luthier.train.plan import refuse_what_cannot_fit, rows_of, with_measured
 
 STEPS = 2  # the first one also pays for buffers and threads
 HALVINGS = 8
+SURELY_OVER = 1.2  # what ran out of memory is taken to need so much more than there is
+FIRST_TO_GO = "1000"  # the highest score of Linux: where memory runs out, the process of the steps is what it ends
 
 
 def measured_plan(job: TrainingJob, on_attempt: Callable[[str], None] = lambda text: None) -> TrainingPlan:
@@ -29,16 +34,17 @@ def measured_plan(job: TrainingJob, on_attempt: Callable[[str], None] = lambda t
 
     Raises:
         CapacityError: nothing fits; the hint says what to lower, and to what.
+        EngineError: the steps could not be made, for another reason.
     """
     plan = job.plan
     for _ in range(HALVINGS):
         on_attempt(f"Trying steps of {plan.resolved.tokens_per_row:,} tokens")
         try:
-            return with_measured(plan, measure_steps(replace(job, plan=plan)), job.validation)
-        except CapacityError:
+            return with_measured(plan, measure_steps(replace(job, plan=plan)))
+        except CapacityError as error:
             smaller = _smaller(plan)
             if smaller is None:
-                raise
+                raise _refusal(plan, error) from error
             plan = smaller
     raise CapacityError("No step of this run fits into memory.", hint="take a smaller base model, or mode qlora")
 
@@ -47,22 +53,59 @@ def measure_steps(job: TrainingJob) -> Measured:
     """Make :data:`STEPS` steps on the longest units, in a process of its own.
 
     Raises:
-        CapacityError: the process was killed, as by a system that is out of memory.
+        CapacityError: the steps ran out of memory, or the system killed their process.
+        EngineError: the process ended for another reason.
     """
-    units = _longest(job.examples, job.plan)
     # Threads of a process that inherits this give way to others while they wait, as those of a run do.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawned = multiprocessing.get_context("spawn")
+    receiving, sending = spawned.Pipe(duplex=False)
+    with TemporaryDirectory() as folder:
         small = replace(
-            job, examples=units, validation=(), test=(), folder=Path(folder), sample_prompts=(), epoch_weights=False
+            job,
+            examples=_longest(job),
+            validation=(),
+            test=(),
+            folder=Path(folder),
+            sample_prompts=(),
+            epoch_weights=False,
         )
+        process = spawned.Process(target=_answer, args=(small, sending), daemon=True)
+        process.start()
+        sending.close()
         try:
-            return pool.submit(_measure, small).result()
-        except (BrokenProcessPool, MemoryError) as error:
-            raise CapacityError(
-                f"A step of {job.plan.resolved.tokens_per_row:,} tokens ran out of memory.",
-                hint=f"set tokens_per_row and max_tokens to {max(64, job.plan.resolved.tokens_per_row // 2)}",
-            ) from error
+            with suppress(EOFError):
+                return _outcome(receiving.recv())
+            process.join()
+        finally:
+            process.kill()
+            process.join()
+            receiving.close()
+    if process.exitcode != -signal.SIGKILL:
+        raise EngineError(f"The process that makes steps to measure them ended with {process.exitcode}.")
+    raise CapacityError(
+        f"The system ended a step of {job.plan.resolved.tokens_per_row:,} tokens, as one does that is out of memory."
+    )
+
+
+def _outcome(answer: Measured | BaseException) -> Measured:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _answer(job: TrainingJob, sending: Connection) -> None:
+    """Send what the steps took, or why they could not be made."""
+    with suppress(OSError):  # not on Linux
+        Path("/proc/self/oom_score_adj").write_text(FIRST_TO_GO)
+    try:
+        sending.send(_measure(job))
+    except MemoryError as error:
+        sending.send(CapacityError(f"A step of {job.plan.resolved.tokens_per_row:,} tokens ran out of memory: {error}"))
+    except LuthierError as error:
+        sending.send(error)
+    except Exception:  # noqa: BLE001 - whatever it is, the other process must hear of it
+        sending.send(EngineError(f"The steps to measure failed.\n{traceback.format_exc()}"))
 
 
 def _measure(job: TrainingJob) -> Measured:
@@ -87,16 +130,27 @@ def _measure(job: TrainingJob) -> Measured:
     return Measured(tokens=computed, seconds=tokens / seen[-1].tokens_per_second, peak_bytes=peak_memory_bytes())
 
 
-def _longest(units: Sequence[Unit], plan: TrainingPlan) -> list[Unit]:
-    """Return the longest units that fill a row, at most a batch of them."""
+def _longest(job: TrainingJob) -> Sequence[Unit]:
+    """Return the longest units of all sides that fill a row, at most a batch of them."""
     found: list[Unit] = []
     tokens = 0
-    for unit in heapq.nlargest(plan.resolved.batch_size, units, key=tokens_of):
-        if found and tokens >= plan.resolved.tokens_per_row:
+    sides = chain(job.examples, job.validation, job.test)
+    for unit in heapq.nlargest(job.plan.resolved.batch_size, sides, key=tokens_of):
+        if found and tokens >= job.plan.resolved.tokens_per_row:
             break
         found.append(unit)
-        tokens += tokens_of(unit) - plan.shared_prefix
+        tokens += tokens_of(unit) - job.plan.shared_prefix
     return found
+
+
+def _refusal(plan: TrainingPlan, error: CapacityError) -> CapacityError:
+    """Return the error with what would make the plan fit, where the estimate had not seen that it does not."""
+    need = max(plan.memory_bytes, int(plan.machine_memory_bytes * SURELY_OVER))
+    try:
+        refuse_what_cannot_fit(plan.model_copy(update={"memory_bytes": need}))
+    except CapacityError as refused:
+        return CapacityError(error.message, hint=error.hint or refused.hint)
+    return error
 
 
 def _smaller(plan: TrainingPlan) -> TrainingPlan | None:

@@ -1,0 +1,105 @@
+"""What a layer keeps of a token is what the estimate says: counted on small models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from luthier.llm.base_config import read_shape
+from luthier.llm.engine.row_model import RowModel
+from luthier.llm.rows import pack
+from luthier.records.base_model import Machine, ModelShape
+from luthier.records.training import Resolved, TrainingConfig
+from luthier.templates.renderer import RenderReport, TokenizedExample
+from luthier.train.engine.trainable import load_trainable
+from luthier.train.memory import data_bytes, memory_need
+from luthier.train.plan import Material, plan_training
+
+MACHINE = Machine(cores=2, memory_bytes=10**11, has_fast_bfloat16=True, matmul_flops=1e11)
+TOKENS = 200
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fused": ("llama", {}),
+    "fused-float32": ("llama", {"precision": "float32"}),
+    "fused-recomputed": ("llama", {"recompute": True}),
+    "head norms": ("qwen3", {}),
+    "unfused": ("gemma", {}),
+    "dora": ("llama", {"mode": "dora"}),
+    "dropout": ("llama", {"lora_dropout": 0.1}),
+}
+
+
+def write_base(folder: Path, family: str, layers: int) -> Path:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def resolve(shape: ModelShape, **options: Any) -> Resolved:
+    example = TokenizedExample("a", list(range(TOKENS)), [False] * (TOKENS - 1) + [True])
+    config = TrainingConfig.model_validate({"lora_rank": 4, **options})
+    return plan_training(Material([example] * 4, [], RenderReport()), config, shape, MACHINE).resolved
+
+
+def kept_bytes(folder: Path, resolved: Resolved) -> int:
+    """Return the bytes that a forward pass keeps for its backward pass, weights apart."""
+    model = load_trainable(folder, resolved)
+    assert isinstance(model, RowModel)
+    model.model.train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    example = TokenizedExample("a", list(range(TOKENS)), [False] * (TOKENS - 1) + [True])
+    (row,) = pack([example], 0, 4096)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.targets(row).logprobs_M.sum()
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_layer_keeps_is_what_the_estimate_says(tmp_path: Path, case: str) -> None:
+    family, options = CASES[case]
+    found, expected = [], []
+    for layers in (2, 4):
+        folder = write_base(tmp_path / str(layers), family, layers)
+        shape = read_shape(folder, 200_000)
+        resolved = resolve(shape, **options)
+        found.append(kept_bytes(folder, resolved))
+        expected.append(memory_need(resolved, shape).per_token * TOKENS)
+    ratio = (expected[1] - expected[0]) / (found[1] - found[0])
+    assert (0.99 if "fused" in case and case != "unfused" else 0.95) < ratio < 1.35
+
+
+def test_an_estimate_of_a_data_set_is_what_it_takes() -> None:
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        # Tokens above 256 are objects of their own.
+        made = [
+            TokenizedExample(f"example-{i}", [1000 + i + j for j in range(100)], [j > 50 for j in range(100)])
+            for i in range(500)
+        ]
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 0.8 < data_bytes(len(made), 100 * len(made)) / taken < 1.3
