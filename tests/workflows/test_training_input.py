@@ -16,6 +16,7 @@ from luthier.records.dataset import SplitConfig
 from luthier.records.template import Template
 from luthier.records.training import TrainingConfig
 from luthier.store.store import Store
+from luthier.templates import renderer
 from luthier.workflows.datasets import import_dataset, split_dataset
 from luthier.workflows.models import pull
 from luthier.workflows.templates import save_template
@@ -157,15 +158,75 @@ def test_a_data_set_that_does_not_fit_into_memory_is_planned_as_any_other(
     from luthier.templates.spool import SpooledExamples
     from luthier.workflows import material
 
+    monkeypatch.setattr(renderer, "EXAMPLES_AT_ONCE", 7)
     asked = request(store, tmp_path, rows(), method=method, template=Template(user="{{text}}", assistant="{{label}}"))
     held = material.prepare(store, asked, 8, tmp_path / "held")
     monkeypatch.setattr(material, "LARGE_BYTES", 0)
-    monkeypatch.setattr(material, "EXAMPLES_AT_ONCE", 7)
     spooled = material.prepare(store, asked, 8, tmp_path / "spooled")
     assert isinstance(spooled.material.examples, SpooledExamples)
     assert list(spooled.material.examples) == list(held.material.examples)
     assert spooled.material.report == held.material.report
     assert plan(store, asked, measure=False).tokens_per_epoch == sum(len(e.tokens) for e in held.material.examples)
+
+
+ANSWERS = Template(user="{{text}}", assistant="{{answer}}")
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat every data set as one that does not fit into memory, and read it in parts of 7 examples."""
+    from luthier.workflows import material
+
+    monkeypatch.setattr(material, "LARGE_BYTES", 0)
+    monkeypatch.setattr(renderer, "EXAMPLES_AT_ONCE", 7)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_part_of_a_large_data_set_may_be_empty_or_weightless(store: Store, tmp_path: Path) -> None:
+    given = rows(answer=lambda i: " " if i < 9 else "yes", w=lambda i: 1 if i > 19 else 0)
+    options = {"template": ANSWERS, "empty_mask": "drop", "columns": {"weight": "w"}}
+    made = plan(store, request(store, tmp_path, given, **options), measure=False)
+    assert made.dropped == {"empty_mask": 8}
+    assert made.examples == 12
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_what_all_parts_of_a_large_data_set_cannot_learn_is_told_at_once(store: Store, tmp_path: Path) -> None:
+    given = rows(answer=lambda i: " " if i in (2, 13, 21) else "yes")
+    text = refused(store, request(store, tmp_path, given, template=ANSWERS))
+    assert "3 examples cannot be learned" in text
+    assert text.count("no token carries loss") >= 3
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_wrong_weights_of_all_parts_are_told_at_once(store: Store, tmp_path: Path) -> None:
+    given = rows(answer=lambda i: "yes", w=lambda i: -1 if i in (2, 13, 21) else 1)
+    text = refused(store, request(store, tmp_path, given, template=ANSWERS, columns={"weight": "w"}))
+    assert "3 values are not valid" in text
+    assert text.count("weight -1") >= 3
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize(
+    ("answer", "weight", "message"), [(" ", 1, "No example is left"), ("yes", 0, "nothing is left to learn")]
+)
+def test_a_large_data_set_of_which_nothing_is_left(
+    store: Store, tmp_path: Path, answer: str, weight: int, message: str
+) -> None:
+    given = rows(answer=lambda i: answer, w=lambda i: weight)
+    options = {"template": ANSWERS, "empty_mask": "drop", "columns": {"weight": "w"}}
+    assert message in refused(store, request(store, tmp_path, given, **options))
+
+
+def test_prompts_are_drawn_from_a_whole_side_without_holding_it() -> None:
+    from luthier.records.example import Example
+    from luthier.workflows import material
+
+    examples = [Example(id=str(index), fields={}) for index in range(5_000)]
+    drawn = material._drawn(iter(examples), 0)
+    assert len({example.id for example in drawn}) == material.ASKED_EXAMPLES
+    assert 2_300 < sum(int(example.id) for example in drawn) / len(drawn) < 2_700
+    assert material._drawn(examples[:9], 0) == examples[:9]
 
 
 @pytest.mark.parametrize(

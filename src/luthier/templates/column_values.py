@@ -23,10 +23,24 @@ def read_weights(examples: Sequence[Example], column: str | None) -> list[float]
     Raises:
         InputError: weights that are missing, no finite numbers or negative, all at once; or no weight is above 0.
     """
-    weights = read_values(examples, column, _weight, "weight", "must be a finite number, 0 or more", 1.0)
+    weights = read_some_weights(examples, column)
     if weights and not any(weights):
-        raise InputError(f"All {len(weights):,} weights in the column {column!r} are 0: nothing is left to learn.")
+        raise no_weight(len(weights), column)
     return weights
+
+
+def read_some_weights(examples: Sequence[Example], column: str | None) -> list[float]:
+    """Return the weights of a part of the examples, which may all be 0.
+
+    Raises:
+        InputError: weights that are missing, no finite numbers or negative, all at once.
+    """
+    return read_values(examples, column, _weight, "weight", "must be a finite number, 0 or more", 1.0)
+
+
+def no_weight(examples: int, column: str | None) -> InputError:
+    """Return the error that no example of all has a weight above 0."""
+    return InputError(f"All {examples:,} weights in the column {column!r} are 0: nothing is left to learn.")
 
 
 def read_margins(examples: Sequence[Example], column: str | None) -> list[float]:

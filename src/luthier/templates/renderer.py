@@ -8,8 +8,9 @@ counted. Raw text is in :mod:`luthier.templates.raw_text`, text with a label in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, TypeVar
 
 from pydantic import Field
@@ -20,10 +21,12 @@ from luthier.records.example import Conversation, Example, Message, Tool
 from luthier.records.record import Record
 from luthier.records.template import Template
 from luthier.templates.chat_format import ChatFormat, RenderedConversation
-from luthier.templates.column_values import read_margins, read_thumbs, read_weights
+from luthier.templates.column_values import no_weight, read_margins, read_some_weights, read_thumbs
 from luthier.templates.handlebars import HandlebarsText
 
 T = TypeVar("T")
+EXAMPLES_AT_ONCE = 10_000
+PROBLEMS_KEPT = 10_000
 Problem = Literal["empty_mask", "missing_end_of_turn", "too_long", "equal_answers"]
 PROBLEM_TEXTS: dict[str, str] = {
     "empty_mask": "no token carries loss (an empty answer, or every answer has weight 0)",
@@ -141,14 +144,52 @@ class TemplateRenderer:
         Raises:
             InputError: as :meth:`conversation`; or a column is unknown, or a value in it breaks its rule (all at once).
         """
+        return list(self.iter_conversations(examples, columns))
+
+    def iter_conversations(self, examples: Iterable[Example], columns: Columns) -> Iterator[Conversation]:
+        """Yield examples as :meth:`conversations` returns them; memory does not grow with their number.
+
+        What breaks a rule is known, and raised, once all of them were read.
+        """
         columns.check(self._known_fields)
-        weights = read_weights(examples, columns.weight)
+        wrong: list[InputError] = []
+        count, rows, weighty = 0, iter(examples), False
+        while some := list(islice(rows, EXAMPLES_AT_ONCE)):
+            count += len(some)
+            try:
+                made = self._part(some, columns)
+            except InputError as error:
+                if not error.problems:
+                    raise
+                wrong.append(error)
+                continue
+            weighty |= any(conversation.weight for conversation in made)
+            yield from made
+        if wrong:
+            raise _as_one(wrong)
+        if count and not weighty:
+            raise no_weight(count, columns.weight)
+
+    def _part(self, examples: Sequence[Example], columns: Columns) -> list[Conversation]:
+        weights = read_some_weights(examples, columns.weight)
         margins = read_margins(examples, columns.margin)
         thumbs = read_thumbs(examples, columns.thumb)
         return [
             self.conversation(example).model_copy(update={"weight": weight, "margin": margin, "thumb": thumb})
             for example, weight, margin, thumb in zip(examples, weights, margins, thumbs, strict=True)
         ]
+
+
+def _as_one(errors: Sequence[InputError]) -> InputError:
+    """Return one error of those of parts."""
+    if len(errors) == 1:
+        return errors[0]
+    problems = [problem for error in errors for problem in error.problems]
+    return InputError(
+        f"{len(problems):,} values are not valid. In the first part: {errors[0].message}",
+        problems=problems[:PROBLEMS_KEPT],
+        hint=errors[0].hint,
+    )
 
 
 def tokenize(
@@ -159,6 +200,18 @@ def tokenize(
     Raises:
         InputError: examples that cannot be learned where the policy refuses them, all at once; or nothing is left.
     """
+    report = RenderReport()
+    return list(iter_tokenized(conversations, chat_format, policy, report)), report
+
+
+def iter_tokenized(
+    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy, report: RenderReport
+) -> Iterator[TokenizedExample]:
+    """Yield what a model trains on, one by one, and count in ``report``; memory does not grow with their number.
+
+    Raises:
+        InputError: as :func:`tokenize`, once all of them were read.
+    """
 
     def read(conversation: Conversation, report: RenderReport) -> TokenizedExample | Problem:
         sides = _tokenize_sides([conversation.messages], conversation.tools, chat_format, policy, report)
@@ -166,7 +219,7 @@ def tokenize(
             return sides
         return TokenizedExample(conversation.example_id, *sides[0], conversation.weight)
 
-    return _tokenize_all(conversations, read, policy)
+    return _iter_tokenized(conversations, read, policy, report)
 
 
 def tokenize_pairs(
@@ -242,26 +295,36 @@ def _tokenize_all(
     policy: RenderPolicy,
 ) -> tuple[list[T], RenderReport]:
     report = RenderReport()
-    kept: list[T] = []
-    refused: list[str] = []
+    return list(_iter_tokenized(conversations, read, policy, report)), report
+
+
+def _iter_tokenized(
+    conversations: Iterable[Conversation],
+    read: Callable[[Conversation, RenderReport], T | Problem],
+    policy: RenderPolicy,
+    report: RenderReport,
+) -> Iterator[T]:
+    refused = 0
+    problems: list[str] = []
     for conversation in conversations:
         made = read(conversation, report)
         if not isinstance(made, str):
-            kept.append(made)
+            report.rendered += 1
+            yield made
         elif getattr(policy, made) == "refuse":
-            refused.append(f"example {conversation.example_id}: {PROBLEM_TEXTS[made]}")
+            refused += 1
+            if len(problems) < PROBLEMS_KEPT:
+                problems.append(f"example {conversation.example_id}: {PROBLEM_TEXTS[made]}")
         else:
             report.dropped[made] += 1
     if refused:
         raise InputError(
-            f"{len(refused)} examples cannot be learned as they are (limit {policy.max_tokens} tokens).",
-            problems=refused,
+            f"{refused:,} examples cannot be learned as they are (limit {policy.max_tokens} tokens).",
+            problems=problems,
             hint="mend them, or choose drop (or truncate, for too long ones) in the training options",
         )
-    if not kept:
+    if not report.rendered:
         raise InputError("No example is left to learn from.", problems=[f"{k}: {n}" for k, n in report.dropped.items()])
-    report.rendered = len(kept)
-    return kept, report
 
 
 def _refuse_missing(example_ids: Sequence[str], what: str, hint: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -11,6 +12,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from luthier.errors import InputError
+from luthier.evaluate.contest import sample
 from luthier.ingest.sampling import resample
 from luthier.records.base_model import BaseModelInfo, Machine
 from luthier.records.dataset import DatasetVersion
@@ -28,7 +30,7 @@ from luthier.templates.renderer import (
     RenderPolicy,
     RenderReport,
     TemplateRenderer,
-    TokenizedExample,
+    iter_tokenized,
     tokenize,
     tokenize_pairs,
     tokenize_thumbs,
@@ -41,8 +43,7 @@ from luthier.workflows.models import served_folder, shape
 
 RAW_PROMPT_CHARACTERS = 200
 LARGE_BYTES = 200_000_000  # of the data set's file
-EXAMPLES_AT_ONCE = 10_000
-ASKED_EXAMPLES = 1_000  # of which parity's prompts are drawn where there is no test side
+ASKED_EXAMPLES = 1_000  # of which the prompts of parity and of sample answers are drawn
 TESTED_BY_EVALUATION = ("supervised", "raw_text")
 
 
@@ -94,8 +95,17 @@ class Prepared:
 
     def plan(self, machine: Machine) -> TrainingPlan:
         """Plan the run on a machine, without making a step."""
-        sizes = shape(self.base_folder, self.base.parameters)
-        return plan_training(self.material, self.request.options, sizes, machine)
+        options, chat = self.request.options, self.chat_format
+        asked = sample(self.sampled, options.samples, options.seed) if chat else []
+        known = replace(
+            self.material,
+            test=self.test,
+            sample_prompts=[len(chat.prompt_tokens(one.prompt)) for one in asked] if chat else (),
+            sample_tokens=options.sample_tokens,
+            epoch_weights=self.request.files is not None,
+            proven=self.request.parity_prompts > 0 and product(options.method) == "generator",
+        )
+        return plan_training(known, options, shape(self.base_folder, self.base.parameters), machine)
 
 
 def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Path) -> Prepared:
@@ -126,12 +136,16 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     else:
         train_side = side(store, dataset, "train")
         examples, report = reader.read(train_side if options.resample == "none" else _resampled(train_side, options))
-    validation = reader.read(side(store, dataset, "validation"))[0]
+    validation_side = side(store, dataset, "validation")
+    validation = reader.read(validation_side)[0]
+    test_side: list[Example] = []
     if request.files:
-        test_side = []
         asked = list(islice(store.datasets.examples(dataset, "train"), ASKED_EXAMPLES))  # only their prompts matter
+    elif options.method in TESTED_BY_EVALUATION:
+        asked = _drawn(store.datasets.examples(dataset, "test"), options.seed) or side(store, dataset, "test")
     else:
-        asked = test_side = side(store, dataset, "test")
+        test_side = side(store, dataset, "test")
+        asked = _drawn(test_side, options.seed)
     return Prepared(
         request=request,
         base=base,
@@ -141,11 +155,22 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         template=template,
         chat_format=reader.chat_format,
         material=Material(examples, validation, report),
-        test=[] if options.method in TESTED_BY_EVALUATION else reader.read(test_side)[0],
+        test=reader.read(test_side)[0],
         labels=reader.labels,
         held_out=reader.answerable(asked, answer_tokens) if writes else [],
-        sampled=reader.answerable(side(store, dataset, "validation"), options.sample_tokens) if writes else [],
+        sampled=reader.answerable(_drawn(validation_side, options.seed), options.sample_tokens) if writes else [],
     )
+
+
+def _drawn(examples: Iterable[Example], seed: int) -> list[Example]:
+    """Return at most :data:`ASKED_EXAMPLES` examples, drawn at random; no others are held."""
+    rows, generator = iter(examples), random.Random(seed)  # noqa: S311 - not a secret
+    kept = list(islice(rows, ASKED_EXAMPLES))
+    for index, example in enumerate(rows, len(kept)):
+        place = generator.randrange(index + 1)  # Vitter 1985, algorithm R
+        if place < len(kept):
+            kept[place] = example
+    return kept
 
 
 class _Reader:
@@ -201,20 +226,10 @@ class _Reader:
             documents = ((example.id, texts.text(example)) for example in examples)
             units = iter_documents(documents, self.chat_format, length=self._policy.max_tokens, report=report)
         else:
-            units = self._tokenized(examples, self.chat_format, report)
+            renderer = TemplateRenderer(self._template, self._fields)
+            conversations = renderer.iter_conversations(examples, self._options.columns)
+            units = iter_tokenized(conversations, self.chat_format, self._policy, report)
         return SpooledExamples.write(folder, units), report
-
-    def _tokenized(
-        self, examples: Iterable[Example], chat_format: ChatFormat, report: RenderReport
-    ) -> Iterator[TokenizedExample]:
-        rows = iter(examples)
-        while some := list(islice(rows, EXAMPLES_AT_ONCE)):
-            units, found = tokenize(self._conversations(some), chat_format, self._policy)
-            report.rendered += found.rendered
-            report.dropped += found.dropped
-            report.truncated += found.truncated
-            report.appended += found.appended
-            yield from units
 
     def answerable(self, examples: Sequence[Example], answer_tokens: int) -> list[Conversation]:
         """Return the conversations whose prompts leave room for an answer."""
