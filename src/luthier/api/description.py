@@ -13,6 +13,9 @@ Dict = dict[str, Any]
 ERROR = {"$ref": "#/components/schemas/Error"}
 TEXT: Dict = {"schema": {"type": "string"}}
 BYTES: Dict = {"schema": {"type": "string", "format": "binary"}}
+EVENTS: Dict = {  # each of them, as OpenAI describes its streams
+    "schema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+}
 # What a route answers beside or instead of JSON.
 STREAMED = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
 CONTENTS = {"/v1/files/{file_id}/content": {"application/octet-stream": BYTES, "text/plain": TEXT}}
@@ -99,7 +102,7 @@ def _complete(path: str, method: str, operation: Dict) -> None:
     if path in CONTENTS:
         success["content"] = dict(CONTENTS[path])
     if method == "post" and path in STREAMED:
-        success["content"]["text/event-stream"] = TEXT
+        success["content"]["text/event-stream"] = EVENTS
     if method == "get" and path in FILTERED_BY_METADATA:
         operation.setdefault("parameters", []).append(METADATA_FILTER)
     if path == "/ready":
