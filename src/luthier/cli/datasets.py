@@ -150,6 +150,6 @@ def show(
 
 
 def _values(example: Example) -> list[tuple[str, object]]:
-    turns: list[tuple[str, object]] = [(turn.role, turn.content) for turn in example.messages or ()]
-    turns += [("rejected", turn.content) for turn in example.rejected or ()]
+    turns: list[tuple[str, object]] = [(turn.role, turn.whole_text) for turn in example.messages or ()]
+    turns += [("rejected", turn.whole_text) for turn in example.rejected or ()]
     return turns + list(example.fields.items())

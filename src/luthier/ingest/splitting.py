@@ -158,7 +158,7 @@ def _texts(example: Example, label: str | None) -> dict[str, str]:
 
 
 def _fold_turns(messages: Iterable[Message]) -> str:
-    return _fold("\n".join(f"{message.role} {message.content}" for message in messages))
+    return _fold("\n".join(f"{message.role} {message.whole_text}" for message in messages))
 
 
 def _fold(value: Any) -> str:

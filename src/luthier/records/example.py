@@ -43,6 +43,12 @@ class Message(Record):
     name: str | None = Field(None, exclude_if=_is_absent)
 
     @property
+    def whole_text(self) -> str:
+        """The content, and the calls behind it, for people to read and for turns to be compared."""
+        calls = (f"{call.name}({call.arguments})" for call in self.tool_calls)
+        return "\n".join([*([self.content] if self.content or not self.tool_calls else []), *calls])
+
+    @property
     def says_something(self) -> bool:
         """Whether there is anything to learn or to read: text, or a call."""
         return bool(self.content.strip()) or bool(self.tool_calls)

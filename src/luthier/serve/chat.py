@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -20,6 +21,7 @@ from luthier.serve.pool import LoadedModel
 from luthier.serve.sampling_options import check_engine, several
 from luthier.serve.wire_json import encode_json
 
+LONG_CHARACTERS = 20_000
 Dict = dict[str, Any]
 
 
@@ -98,6 +100,17 @@ def prepare_chat(request: ChatRequest, loaded: LoadedModel) -> Chat:
     bound_by = "response_format" if request.response_format else "tool_choice"
     check_engine(sampling, loaded.engine.options, logprobs="top_logprobs", constraint=bound_by)
     return Chat(request, loaded, prompt, several(sampling, request.n or 1), tools)
+
+
+async def prepared_chat(request: ChatRequest, loaded: LoadedModel) -> Chat:
+    """Prepare a chat as :func:`prepare_chat` does; what may take long, in a thread, so that nobody else waits for it.
+
+    Raises:
+        ApiError: as :func:`prepare_chat`.
+    """
+    takes_long = bool(request.tools) or request.response_format is not None
+    takes_long = takes_long or sum(len(message.text) for message in request.messages) > LONG_CHARACTERS
+    return await asyncio.to_thread(prepare_chat, request, loaded) if takes_long else prepare_chat(request, loaded)
 
 
 async def complete_chat(chat: Chat) -> Dict:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
 import pytest
-from expression_texts import samples
+from expression_texts import compiled, samples
 from grammar_schemas import SCHEMAS
 
 from luthier.llm.grammar.constraints import json_constraint
-from luthier.llm.grammar.expressions import Grammar
+from luthier.llm.grammar.expressions import Grammar, Terminal, repeat
 from luthier.llm.grammar.schema import SchemaError, schema_rules
 
 
@@ -101,3 +102,15 @@ def test_a_schema_that_is_too_deep_or_too_large_is_refused() -> None:
         json_constraint(deep)
     with pytest.raises(SchemaError, match="more than"):
         json_constraint({"enum": list(range(30_000))})
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 101), (0, 250), (150, 150), (120, 399), (0, 10_000), (101, None)])
+def test_long_repetitions_are_made_of_short_ones_that_match_the_same(least: int, most: int | None) -> None:
+    grammar = Grammar()
+    pattern = compiled(repeat(Terminal("x"), least, most), grammar)
+    ends = {0, 1, 99, 100, 101, least - 1, least, least + 1, (most or 500) - 1, most or 500, (most or 500) + 1}
+    for length in {length for length in ends if length >= 0}:
+        assert bool(pattern.fullmatch("x" * length)) == (least <= length <= (most or 10**9)), length
+    assert not re.search(
+        r"\{\d*,?(1\d\d\d|[2-9]\d\d|\d{4,})\}", json_constraint({"type": "string", "maxLength": 9999}).grammar
+    )

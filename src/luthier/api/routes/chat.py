@@ -17,7 +17,7 @@ from luthier.errors import InputError, NotFoundError
 from luthier.records.access import Caller
 from luthier.records.stored import Metadata
 from luthier.serve.api_error import ApiError, model_not_found
-from luthier.serve.chat import complete_chat, prepare_chat, stream_chat, stream_chat_text
+from luthier.serve.chat import complete_chat, prepared_chat, stream_chat, stream_chat_text
 from luthier.serve.chat_request import ChatRequest, refuse_unsupported
 from luthier.serve.pool import LoadedModel
 from luthier.store.collection import Order
@@ -47,7 +47,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, caller: Re
     log = ChatLog(request, caller, body) if body.store else None
     async with AsyncExitStack() as resources:
         loaded = await lease(resources, service, caller, body.model)
-        chat = prepare_chat(counted(body) if log else body, loaded)
+        chat = await prepared_chat(counted(body) if log else body, loaded)
         if body.stream:
             events = chunk_events(log.keeping(stream_chat(chat)) if log else stream_chat_text(chat))
             return EventStream(events, resources.pop_all())

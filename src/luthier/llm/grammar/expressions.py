@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 HIGHEST = 0x10FFFF
 ONE_BYTE = 0x7F
+BLOCK = 100  # in repetitions of some more, xgrammar (2026) takes half a second of a core for every token
 SURROGATES = (0xD800, 0xDFFF)
 CONTROL = re.compile(r"([\x00-\x1f\x7f-\x9f])([0-9a-fA-F]?)")
 Range = tuple[int, int]
@@ -161,6 +162,9 @@ class Grammar:
 
     def pruned(self, root: Expression) -> tuple[Expression, dict[str, Expression]]:
         """Return a root and the rules that it needs, without what could never come to an end."""
+        root = self._in_blocks(root)
+        for name in list(self.rules):
+            self.rules[name] = self._in_blocks(self.rules[name])
         ending = _ending(self.rules)
         needed: dict[str, Expression] = {}
         first = _without(root, ending)
@@ -171,6 +175,34 @@ class Grammar:
                     needed[name] = _without(self.rules[name], ending)
                     waiting.append(needed[name])
         return first, needed
+
+    def _in_blocks(self, expression: Expression) -> Expression:
+        """Return an expression whose long repetitions are made of shorter ones."""
+        if isinstance(expression, Concatenation):
+            return concat(*map(self._in_blocks, expression.parts))
+        if isinstance(expression, Alternatives):
+            return either(*map(self._in_blocks, expression.options))
+        if not isinstance(expression, Repetition):
+            return expression
+        part, least, most = self._in_blocks(expression.part), expression.least, expression.most
+        if max(least, most or 0) <= BLOCK:
+            return repeat(part, least, most)
+        rest = repeat(part, 0, None) if most is None else self._up_to(part, most - least)
+        return concat(self._exactly(part, least), rest)
+
+    def _exactly(self, part: Expression, times: int) -> Expression:
+        if times <= BLOCK:
+            return repeat(part, times, times)
+        block = self.rule("block", repeat(part, BLOCK, BLOCK))
+        return concat(self._exactly(block, times // BLOCK), repeat(part, times % BLOCK, times % BLOCK))
+
+    def _up_to(self, part: Expression, times: int) -> Expression:
+        if times <= BLOCK:
+            return repeat(part, 0, times)
+        block = self.rule("block", repeat(part, BLOCK, BLOCK))
+        blocks, rest = divmod(times, BLOCK)
+        fewer = concat(self._up_to(block, blocks - 1), repeat(part, 0, BLOCK - 1))
+        return either(fewer, concat(self._exactly(block, blocks), repeat(part, 0, rest)))
 
 
 def ebnf(root: Expression, rules: Mapping[str, Expression]) -> str:
@@ -211,7 +243,7 @@ def _ending(rules: dict[str, Expression]) -> set[str]:
     grown = True
     while grown:
         grown = False
-        for name, expression in reversed(rules.items()):  # what a rule needs is mostly written behind it
+        for name, expression in (*rules.items(), *reversed(rules.items())):  # what a rule needs is on either side
             if name not in ending and _ends(expression, ending):
                 ending.add(name)
                 grown = True

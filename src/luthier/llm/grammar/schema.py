@@ -28,7 +28,7 @@ from luthier.llm.grammar.numbers import Bound, integer_between, number_between
 from luthier.llm.grammar.patterns import PatternError, read_format, read_pattern
 
 MAX_DEPTH = 60
-MAX_PARTS = 20_000  # schemas and enumerated values in all
+MAX_PARTS = 10_000  # schemas and enumerated values in all
 MAX_LENGTH = 10_000
 MAX_EXACT = 10**15
 ANNOTATIONS = frozenset(
@@ -232,7 +232,7 @@ class _Compiler:
         for pair, is_required in reversed(pairs):
             with_it = self._grammar.rule("members", concat(",", space, pair, behind))
             first = concat(pair, behind)
-            start = first if is_required else either(first, start)
+            start = first if is_required else self._grammar.rule("members", either(first, start))
             behind = with_it if is_required else self._grammar.rule("members", either(with_it, behind))
         filled = concat("{", space, start, space, "}")
         return filled if any(is_required for _, is_required in pairs) else either(filled, "{}")
