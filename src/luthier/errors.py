@@ -65,6 +65,10 @@ class EngineError(LuthierError):
     """A model engine failed, died, or cannot run a model."""
 
 
+class DivergedError(EngineError):
+    """Training gives no finite numbers any more; its last good state stays, and it can go on from there."""
+
+
 class ParityError(LuthierError):
     """Two forms of one model (adapter, merged, exported, served) do not agree."""
 

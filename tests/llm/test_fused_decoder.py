@@ -136,6 +136,20 @@ def test_the_unfused_path_gives_the_same_through_transformers_modules() -> None:
     assert_same(found, plain(lora(tiny("llama")), given))
 
 
+@pytest.mark.parametrize("adapt", [lora, lambda model: lora(model, use_dora=True)], ids=["lora", "dora"])
+def test_layers_that_transformers_computes_again_give_the_same(adapt: Callable[[Any], Any]) -> None:
+    given = examples((12, 5, 11, 30))
+    rows = pack(given, shared_prefix(given), 200)
+    model = adapt(tiny("llama"))
+    expected = loss_and_gradients(model, rows, fused=False)
+    ran: list[str] = []
+    layer = model.get_base_model().model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: ran.append("mlp"))
+    found = loss_and_gradients(model.train(), rows, fused=False, recompute=True)
+    assert ran == ["mlp", "mlp"]  # once more for the backward pass
+    assert_same(found, expected)
+
+
 def test_a_quantised_base_gives_the_gradients_of_its_own_weights_restored() -> None:
     given = examples((12, 30))
     rows = pack(given, shared_prefix(given), 200)

@@ -126,6 +126,21 @@ def test_missing_end_of_turn_is_refused_dropped_or_appended(endless: ChatFormat)
     assert (report.rendered, report.appended) == (2, 2)
 
 
+def test_every_answer_that_is_learned_gets_its_end_of_turn(endless: ChatFormat) -> None:
+    conversation = talk(
+        1, user("one"), assistant("first"), user("two"), assistant("second", 0), user("three"), assistant("third")
+    )
+    policy = RenderPolicy(max_tokens=256, missing_end_of_turn="append")
+    (example,), report = tokenize([conversation], endless, policy)
+    assert learned(endless, example) == "first\n<|im_end|>third\n<|im_end|>"
+    assert report.appended == 1
+    before = endless.render(conversation.messages).tokens
+    assert [token for token in example.tokens if token != END] == [token for token in before if token != END]
+    assert len(example.tokens) == len(before) + 2
+    with pytest.raises(InputError, match="cannot be learned"):
+        tokenize([conversation], endless, policy.model_copy(update={"max_tokens": len(before) + 1}))
+
+
 def test_appended_end_of_turn_counts_towards_the_limit(endless: ChatFormat) -> None:
     conversation = talk(1, user("one"), assistant("first"))
     length = len(endless.render(conversation.messages).tokens)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, LlamaConfig
 
 from luthier.llm.rows import LEAST_IN_LANE, pack
 from luthier.records.training import TrainingConfig, TrainingPlan
@@ -105,6 +106,8 @@ def test_there_is_one_lane_where_two_would_change_numbers_or_take_more_memory() 
     assert lane_count(plan(lora_dropout=0.1), here) == 1
     assert lane_count(plan(supervised={"neftune_alpha": 5}), here) == 1
     assert lane_count(plan(), torch.device("cuda")) == 1
+    assert lane_count(plan(), here, LlamaConfig()) == LANES
+    assert lane_count(plan(), here, BertConfig()) == 1  # it has dropouts of its own
     torch.set_num_threads(1)
     assert lane_count(plan(), here) == 1
 

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from luthier.errors import InputError, RunStopped
+from luthier.llm.base_config import read_adapter
+from luthier.llm.engine.row_model import RowModel
+from luthier.llm.engine.torch_model import load_base
 from luthier.records.base_model import Machine
 from luthier.records.objectives import PAIRED
 from luthier.records.training import ADAPTERS, StepMetrics, TrainingConfig, TrainingResult
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
+from luthier.train.engine.samples import answer_samples
 from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
 from luthier.train.plan import Material, plan_training
 from luthier.workflows.models import shape
@@ -195,6 +200,70 @@ def test_samples_are_those_that_transformers_would_write(tiny_base: Path, tmp_pa
         assert written[0, len(prompt) :].tolist() == answer
 
 
+def test_samples_pass_each_prompt_through_the_model_once(tiny_base: Path) -> None:
+    base = load_base(tiny_base, "float32")
+    base.generation_config.repetition_penalty = 9.0  # a habit of the base that training does not have
+    model, passed = RowModel(base), []
+    base.get_input_embeddings().register_forward_hook(lambda _, tokens, __: passed.append(tokens[0].numel()))
+    prompts = [[5 + place % 300 for place in range(length)] for length in (40, 37, 400)]
+    answers = answer_samples(model, prompts, frozenset(), 8)
+    assert [len(answer) for answer in answers] == [8, 8, 8]
+    assert sum(passed) == 3 * 400 + 3 * 7  # so few texts are padded to one length
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = [*prompt, *answer]
+        (row,) = model.pack([TokenizedExample("", text, [False] * len(prompt) + [True] * len(answer))], 512)
+        with torch.no_grad():
+            assert model.targets(row).chosen_M.tolist() == answer
+    assert base.generation_config.repetition_penalty == 9.0
+
+
+# What is computed before the first step
+
+
+def reference(job: TrainingJob) -> torch.Tensor:
+    return load_file(job.folder / "reference.safetensors")["logprobs"]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_reference_that_was_cut_short_goes_on_where_it_was(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    options = {**METHODS[method], "epochs": 0.25}
+    whole, parts = (make_job(tiny_base, tmp_path / name, **options) for name in ("whole", "parts"))
+    run(whole)
+    heard: list[float] = []
+
+    def note(note: Note) -> None:
+        if isinstance(note, PreparationNote):
+            heard.append(note.share)
+
+    def stop() -> None:
+        if len(heard) == 2:
+            raise RunStopped("asked to")
+
+    with pytest.raises(RunStopped):
+        train(parts, lambda metrics: None, stop, note)
+    assert heard[-1] < 1
+    train(parts, lambda metrics: None, lambda: None, note)
+    assert heard == sorted(set(heard))  # nothing was computed twice
+    assert heard[-1] == 1
+    assert torch.equal(reference(parts), reference(whole))
+
+
+def test_a_kill_while_the_reference_is_computed_loses_seconds(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.train.engine.objectives.reference.SAVE_SECONDS", 0.0)
+    job = make_job(tiny_base, tmp_path, **METHODS["dpo"] | {"epochs": 0.25})
+    kept: list[float] = []
+
+    def note(note: Note) -> None:
+        if isinstance(note, PreparationNote):
+            with safe_open(job.folder / "reference.safetensors", "pt") as file:
+                kept.append(int(file.metadata()["groups"]) / 40 / note.share)
+
+    train(job, lambda metrics: None, lambda: None, note)
+    assert kept == [pytest.approx(1.0)] * 3
+
+
 # Going on from an adapter
 
 
@@ -221,6 +290,22 @@ def test_dropout_does_not_blur_what_a_preference_is_measured_against(tiny_base: 
         run(replace(make_job(tiny_base, folder, seed=seed, **options), start_adapter=best_adapter(first)))
     one, two = (load_file(folder / "reference.safetensors")["logprobs"] for folder in folders)
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("mode", ["lora", "rslora", "dora"])
+def test_going_on_from_an_adapter_records_that_adapter(tiny_base: Path, tmp_path: Path, mode: str) -> None:
+    first = make_job(tiny_base, tmp_path / "first", mode=mode, epochs=0.25, lora_alpha=12, lora_dropout=0.1)
+    run(first)
+    start = read_adapter(best_adapter(first))
+    config = TrainingConfig(epochs=1, batch_size=8, precision="float32")
+    material = Material(first.examples, first.validation, RenderReport())
+    plan = plan_training(material, config, shape(tiny_base, 200_000), MACHINE, start)
+    resolved = plan.resolved
+    assert (resolved.mode, resolved.lora_rank, resolved.lora_alpha, resolved.lora_dropout) == (mode, 4, 12, 0.1)
+    assert {r.name: r.value for r in plan.reasons}["LoRA rank"] == "4"
+    second = replace(first, plan=plan, folder=tmp_path / "second", start_adapter=best_adapter(first))
+    run(second)
+    assert read_adapter(best_adapter(second)) == start
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"num_hidden_layers": 3}])

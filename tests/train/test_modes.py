@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,15 @@ import torch
 from peft import PeftModel
 from test_exactness import perturb
 from test_methods import METHODS, make_job, run, units
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
+from luthier.errors import InputError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.merging import save_merged, save_whole
 from luthier.llm.engine.row_model import RowModel
@@ -159,6 +168,89 @@ def test_a_merged_scorer_gives_what_was_trained(tiny_base: Path, tmp_path: Path,
         "regression": lambda: (outputs[:, 0] - labels).square(),
     }[method]()
     assert float(expected.mean()) == pytest.approx(result.best_valid_loss, rel=1e-5)
+
+
+def padding_with_its_end(base: Path, folder: Path, *, spare: bool = True) -> Path:
+    """Return a base whose padding token is the one in which conversations end, with another special one to spare."""
+    changed = Path(shutil.copytree(base, folder))
+    end = {"config.json": {"pad_token_id": 2}, "tokenizer_config.json": {"pad_token": "<|im_end|>"}}
+    if not spare:
+        end["generation_config.json"] = {"eos_token_id": [0, 1, 2]}
+    for name, change in end.items():
+        path = changed / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return changed
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_merged_scorer_is_read_at_the_end_also_where_its_base_pads_with_that_token(
+    tiny_base: Path, tmp_path: Path, mode: str
+) -> None:
+    base = padding_with_its_end(tiny_base, tmp_path / "base")
+    job = make_job(base, tmp_path, **METHODS["reward"], **MODES[mode])
+    model = load_trainable(base, job.plan.resolved)
+    perturb(model.model, 3)
+    save_best(tmp_path, model.model, "tiny")
+    save = save_merged if mode == "lora" else save_whole
+    save(base, tmp_path / BEST, tmp_path / "merged")
+    texts = ["hello world<|im_end|>", "how are you today?<|im_end|>", "good morning"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        found = merged(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        tokens = [tokenizer(text).input_ids for text in texts]
+        units = [TokenizedExample("", one, [False] * len(one)) for one in tokens]
+        assert [unit.tokens[-1] for unit in units[:2]] == [2, 2]
+        (row,) = model.pack(units, 64)
+        expected = model.row_outputs(row)
+    assert torch.allclose(found[list(row.examples)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scorer_without_a_token_to_pad_with_says_so(tiny_base: Path, tmp_path: Path) -> None:
+    """Every special token may end a text: one text at a time is read rightly, and transformers refuses several."""
+    base = padding_with_its_end(tiny_base, tmp_path / "base", spare=False)
+    model = load_trainable(base, make_job(base, tmp_path, **METHODS["reward"]).plan.resolved)
+    save_best(tmp_path, model.model, "tiny")
+    save_merged(base, tmp_path / BEST, tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged(input_ids=torch.tensor([[5, 6, 2]])).logits.shape == (1, 1)
+    with pytest.raises(ValueError, match="no padding token"):
+        merged(input_ids=torch.tensor([[5, 6, 2]] * 2))
+
+
+# Decoders that take no rows
+
+
+@pytest.mark.parametrize("family", ["gpt2", "stablelm"])
+def test_a_decoder_that_takes_no_rows_learns_labels(family: str, tiny_base: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))  # for its tokenizer
+    torch.manual_seed(0)
+    no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    config = AutoConfig.for_model(family, **SIZES, **no_dropout, num_key_value_heads=2, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    job, narrow = (
+        make_job(base, tmp_path / name, epochs=1, tokens_per_row=tokens, **METHODS["classification"])
+        for name, tokens in (("wide", 512), ("narrow", 16))
+    )
+    assert job.plan.shared_prefix == 0
+    assert {reason.name: reason.value for reason in job.plan.reasons}["batches"] == "padded"
+    seen, _, result = run(job)
+    assert result is not None
+    assert [m.train_loss for m in run(narrow)[0]] == pytest.approx([m.train_loss for m in seen], rel=1e-4)
+    save_merged(base, best_adapter(job), tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        outputs = torch.cat([merged(input_ids=torch.tensor([unit.tokens])).logits for unit in job.validation])
+    labels = torch.tensor([int(unit.label or 0) for unit in job.validation])
+    loss = float(torch.nn.functional.cross_entropy(outputs, labels))
+    assert loss == pytest.approx(result.best_valid_loss, rel=1e-4)
+
+
+def test_a_base_without_linear_layers_is_not_quantised(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **SIZES)).save_pretrained(tmp_path / "base")
+    job = make_job(tmp_path / "base", tmp_path, **METHODS["classification"], mode="qlora")
+    with pytest.raises(InputError, match="no linear layers to hold in few bits"):
+        trained_model(job)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -226,7 +226,7 @@ def test_validations_sample_answers_and_the_test_are_in_the_time() -> None:
     assert passes(found) == {
         "validation": 4 * one,
         "test": computed_tokens(full.test, 4, found.resolved),
-        "sample answers": 4 * (80 * 10 + 2 * 50),
+        "sample answers": 4 * (80 + 2 * 10),
     }
     assert found.forward_tokens == sum(passes(found).values())
     learned = without.seconds - SECONDS_TO_START
@@ -308,3 +308,16 @@ def test_shared_tokens_are_computed_once_a_row() -> None:
 def test_numbers_that_make_no_sense_are_refused_where_they_are_given(options: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         TrainingConfig.model_validate(options)
+
+
+def test_smoothing_has_no_effect_on_ipo_and_is_refused() -> None:
+    with pytest.raises(ValidationError, match="label_smoothing would have no effect with loss=ipo"):
+        TrainingConfig.model_validate({"method": "dpo", "dpo": {"loss": "ipo", "label_smoothing": 0.1}})
+    TrainingConfig.model_validate({"method": "dpo", "dpo": {"label_smoothing": 0.1}})
+
+
+def test_examples_share_no_prefix_in_a_model_that_takes_no_rows_of_their_length() -> None:
+    for limit, prefix in ((0, 0), (4095, 0), (4096, 4)):
+        plan = make_plan(64, shape=SHAPE.model_copy(update={"rows_up_to": limit}))
+        assert (plan.resolved.max_tokens, plan.shared_prefix) == (4096, prefix)
+        assert ("batches" in {reason.name for reason in plan.reasons}) == (prefix == 0)

@@ -151,7 +151,8 @@ class RunView:
         elif event.type == "progress":
             self._progress.update(self._task, completed=data["done"], total=data["total"], note=event.message)
         elif event.type == "metrics":
-            note = f"loss {data['train_loss']:.3f} · {data['tokens_per_second']:,.0f} tokens/s"
+            loss = "not finite" if data["train_loss"] is None else f"{data['train_loss']:.3f}"
+            note = f"loss {loss} · {data['tokens_per_second']:,.0f} tokens/s"
             note += f" · {duration(data['seconds_left'])} left"
             self._progress.update(self._task, completed=data["step"], total=data["steps"], note=note)
             if data.get("valid_loss") is not None:

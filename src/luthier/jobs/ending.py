@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.errors import DiskFullError, LuthierError, RunStopped
+from luthier.errors import DiskFullError, DivergedError, LuthierError, RunStopped
 from luthier.records.run import Run, RunRequest, RunStatus
 from luthier.store.store import Store
 
@@ -31,6 +31,7 @@ def end_with_error(store: Store, run: Run, owner: str, error: Exception, request
     if not isinstance(error, LuthierError):
         message = f"{type(error).__name__}: {error} (traceback: luthier run logs --output {run.id})"
     store.runs.add_event(run.id, message, level="error")
-    # After a full disk, what is finished stays, and the run goes on when there is space again.
-    status: RunStatus = "paused" if isinstance(error, DiskFullError) else "failed"
+    # After a full disk, what is finished stays, and the run goes on when there is space again; so does what was learned
+    # before the numbers broke.
+    status: RunStatus = "paused" if isinstance(error, DiskFullError | DivergedError) else "failed"
     store.runs.finish(run.id, owner, status, error=message)

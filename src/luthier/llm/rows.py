@@ -45,6 +45,19 @@ class Row:
     ends: list[int]
 
 
+def places(row: Row) -> list[list[int]]:
+    """Return the indices in a row of each example's tokens, those of its group's prefix first."""
+    found: list[list[int]] = []
+    start = 0
+    for group in row.groups:
+        prefix = range(start, start + group.prefix)
+        start = prefix.stop
+        for length in group.rest_lengths:
+            found.append([*prefix, *range(start, start + length)])
+            start += length
+    return found
+
+
 def shared_prefix(examples: Sequence[TokenizedExample]) -> int:
     """Return how many first tokens all examples share, none of them with loss, leaving each at least one token."""
     if not examples:

@@ -77,7 +77,8 @@ class ModelShape(Record):
 
     ``mlp_matrices`` is 3 where the feed-forward layer has a gate, else 2. ``head_width`` is that of an attention head
     (0: the width over the heads), ``head_norms`` whether heads are normed. ``fused`` says whether the layers can run
-    as fused functions, ``bytes_per_number`` how the files hold their numbers.
+    as fused functions, ``bytes_per_number`` how the files hold their numbers. Examples of up to ``rows_up_to`` tokens
+    can be packed into rows; 0 where the model cannot take rows.
     """
 
     layers: int
@@ -93,6 +94,7 @@ class ModelShape(Record):
     head_norms: bool = False
     fused: bool = False
     bytes_per_number: int = 2
+    rows_up_to: int = 1 << 31
 
     @property
     def query_width(self) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.records.record import Record
 
@@ -27,6 +27,12 @@ class DpoOptions(Record):
     beta: float = Field(0.1, gt=0, description="strength of the pull towards the starting model")
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO's own loss, or IPO's squared one")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs whose preference may be wrong")
+
+    @model_validator(mode="after")
+    def _refuse_smoothing_without_effect(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing would have no effect with loss=ipo")
+        return self
 
 
 class OrpoOptions(Record):

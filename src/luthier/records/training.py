@@ -126,6 +126,15 @@ class TrainingConfig(Record):
         return self
 
 
+class AdapterShape(Record):
+    """What is fixed where training goes on from an adapter."""
+
+    mode: Literal["lora", "rslora", "dora"] = "lora"
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = 0.0
+
+
 class Resolved(Record):
     """The numbers that a run uses, after every ``auto`` was derived."""
 
@@ -220,18 +229,19 @@ class TrainingPlan(Record):
 class StepMetrics(Record):
     """The state of training after one optimizer step. Rates are per second of wall time, in un-shared tokens.
 
-    The metrics depend on the method: ``token_accuracy``; ``reward_accuracy``, ``reward_margin`` …; ``accuracy``.
+    The metrics depend on the method: ``token_accuracy``; ``reward_accuracy``, ``reward_margin`` …; ``accuracy``. A
+    loss or norm that is not a finite number is None: the step changed nothing.
     """
 
     step: int
     steps: int
     epoch: float
-    train_loss: float
+    train_loss: float | None
     train_metrics: dict[str, float] = Field(default_factory=dict)
     valid_loss: float | None = None
     valid_metrics: dict[str, float] = Field(default_factory=dict)
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float | None
     tokens_per_second: float
     seconds_left: float
 
@@ -240,6 +250,7 @@ class TrainingResult(Record):
     """What training came to; the best step is the one with the lowest validation loss.
 
     ``valid_metrics`` and ``test_metrics`` are those of the best step's weights; the test side was looked at once.
+    ``left_out_steps`` had a loss or gradient that was not a finite number, and changed nothing.
     """
 
     steps: int
@@ -250,6 +261,7 @@ class TrainingResult(Record):
     valid_metrics: dict[str, float] = Field(default_factory=dict)
     test_metrics: dict[str, float] = Field(default_factory=dict)
     stopped_early: str | None = None
+    left_out_steps: int = 0
     trained_tokens: int
     seconds: float
     tokens_per_second: float

@@ -44,13 +44,18 @@ class RenderedConversation:
     """A conversation as tokens.
 
     ``loss_mask[i]`` says that ``tokens[i]`` is to be predicted with loss. ``prompt_tokens`` counts the tokens
-    before the final answer. ``has_end_of_turn`` says that every answer with loss ends in a stop token.
+    before the final answer. ``open_ends`` are the places behind answers with loss that do not end in a stop token.
     """
 
     tokens: list[int]
     loss_mask: list[bool]
     prompt_tokens: int
-    has_end_of_turn: bool
+    open_ends: tuple[int, ...] = ()
+
+    @property
+    def has_end_of_turn(self) -> bool:
+        """Whether every answer with loss ends in a stop token."""
+        return not self.open_ends
 
     @property
     def loss_tokens(self) -> int:
@@ -170,7 +175,7 @@ class ChatFormat:
         mask: list[bool] = []
         done = ""
         prompt_length = 0
-        complete = True
+        open_ends: list[int] = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
@@ -184,12 +189,13 @@ class ChatFormat:
             answer = self._encode_rendered(after[len(before) :])
             end = next((i for i, token in enumerate(answer) if token in self.stop_tokens), None)
             learned = (len(answer) if end is None else end + 1) if message.weight else 0
-            complete &= end is not None or not message.weight
             prompt_length = len(tokens) + len(context)
             tokens += context + answer
+            if end is None and message.weight:
+                open_ends.append(len(tokens))
             mask += [False] * len(context) + [i < learned for i in range(len(answer))]
             done = after
-        return RenderedConversation(tokens, mask, prompt_length, complete)
+        return RenderedConversation(tokens, mask, prompt_length, tuple(open_ends))
 
     def encode(self, text: str) -> list[int]:
         """Return a text's tokens without adding any special token of the tokenizer's own."""

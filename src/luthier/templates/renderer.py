@@ -41,7 +41,8 @@ class RenderPolicy(Record):
 
     ``refuse`` stops with an error that lists them; ``drop`` leaves them out; ``truncate`` shortens the longest
     prompt message from its end until the example fits ``max_tokens``: the chat format stays whole, and no answer is
-    ever cut; ``append`` adds the end-of-turn token. Both sides of a pair get the same shortened prompt.
+    ever cut; ``append`` adds the end-of-turn token to every answer that lacks it. Both sides of a pair get the same
+    shortened prompt.
     """
 
     max_tokens: int = Field(gt=1)
@@ -346,7 +347,7 @@ def _tokenize_sides(
     rendered = [chat_format.render(messages, tools) for messages in sides]
     if not all(one.loss_tokens for one in rendered):
         return "empty_mask"
-    appended = not all(one.has_end_of_turn for one in rendered)
+    appended = max(len(one.open_ends) for one in rendered)
     if appended and policy.missing_end_of_turn != "append":
         return "missing_end_of_turn"
     room = policy.max_tokens - appended
@@ -356,7 +357,7 @@ def _tokenize_sides(
         if shorter is None:
             return "too_long"
         rendered = shorter
-    report.appended += appended
+    report.appended += appended > 0
     report.truncated += truncated
     return [_learned_part(one, chat_format) for one in rendered]
 
@@ -373,9 +374,11 @@ def _learned_part(rendered: RenderedConversation, chat_format: ChatFormat) -> Si
     # What follows the last learned token teaches nothing.
     length = _learned_length(rendered)
     tokens, mask = rendered.tokens[:length], rendered.loss_mask[:length]
-    if rendered.has_end_of_turn:
-        return tokens, mask
-    return [*tokens, min(chat_format.stop_tokens)], [*mask, True]
+    for end in reversed(rendered.open_ends):  # the places before it stay where they are
+        if end <= length:
+            tokens.insert(end, min(chat_format.stop_tokens))
+            mask.insert(end, True)
+    return tokens, mask
 
 
 def _learned_length(rendered: RenderedConversation) -> int:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.objectives import Method
-from luthier.records.training import ADAPTERS, AUTO, Derived, Resolved, TrainingConfig
+from luthier.records.training import ADAPTERS, AUTO, AdapterShape, Derived, Resolved, TrainingConfig
 
 T = TypeVar("T")
 
@@ -96,9 +96,12 @@ class Reasons:
 
 
 def resolve(
-    config: TrainingConfig, amount: Amount, shape: ModelShape, machine: Machine
+    config: TrainingConfig, amount: Amount, shape: ModelShape, machine: Machine, start: AdapterShape | None = None
 ) -> tuple[Resolved, int, list[Derived]]:
-    """Derive every ``auto`` value; return them, the number of optimizer steps, and the reasons."""
+    """Derive every ``auto`` value; return them, the number of optimizer steps, and the reasons.
+
+    Where training goes on from an adapter, ``start`` says what that has decided.
+    """
     reasons, rule, examples = Reasons(), RULES[config.method], amount.examples
     epochs = float(
         reasons.pick(
@@ -111,18 +114,16 @@ def resolve(
     )
     batch_size = min(examples, reasons.pick("batch size", config.batch_size, _batch_size(amount), _BATCH_REASON))
     steps = max(1, math.ceil(examples * epochs / batch_size))
-    rank = _rank(config, amount, shape, reasons)
-    alpha = config.lora_alpha if config.lora_alpha != AUTO else 2.0 * rank
-    if config.mode in ADAPTERS:
-        reasons.pick("LoRA alpha", config.lora_alpha, alpha, "twice the rank, so its scale is 2")
+    adapter = _adapter(config, amount, shape, start, reasons)
     learning_rate = _learning_rate(config, shape, batch_size, reasons)
     warmup_share = reasons.pick("warm-up", config.warmup_share, 0.06, "6 % of the steps")
     validations = int(reasons.pick("validations", config.validations, min(4, steps), "four looks at held-out loss"))
-    checkpoints = int(reasons.pick("checkpoints", config.checkpoints, min(10, steps), "a tenth of the work is at risk"))
+    at_risk = "a tenth of the work is at risk, and at most 10 minutes of it"
+    checkpoints = int(reasons.pick("checkpoints", config.checkpoints, min(10, steps), at_risk))
     row = _tokens_per_row(config, amount.longest, machine, reasons)
     resolved = Resolved(
         method=config.method,
-        mode=config.mode,
+        mode=adapter.mode if config.mode == "lora" else config.mode,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -130,9 +131,9 @@ def resolve(
         warmup_steps=math.ceil(warmup_share * steps),
         schedule=config.schedule,
         optimizer=config.optimizer,
-        lora_rank=rank,
-        lora_alpha=alpha,
-        lora_dropout=config.lora_dropout,
+        lora_rank=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
         base_bits=config.base_bits,
         last_layers=_last_layers(config, shape, reasons),
         weight_decay=config.weight_decay,
@@ -152,6 +153,20 @@ def resolve(
         reward=config.reward,
     )
     return resolved, steps, reasons.found
+
+
+def _adapter(
+    config: TrainingConfig, amount: Amount, shape: ModelShape, start: AdapterShape | None, reasons: Reasons
+) -> AdapterShape:
+    if start is not None:
+        for name, value in (("LoRA rank", start.rank), ("LoRA alpha", start.alpha)):
+            reasons.note(name, value, "that of the adapter from which training goes on")
+        return start
+    rank = _rank(config, amount, shape, reasons)
+    alpha = config.lora_alpha if config.lora_alpha != AUTO else 2.0 * rank
+    if config.mode in ADAPTERS:
+        reasons.pick("LoRA alpha", config.lora_alpha, alpha, "twice the rank, so its scale is 2")
+    return AdapterShape(rank=rank, alpha=alpha, dropout=config.lora_dropout)
 
 
 def max_tokens(config: TrainingConfig, shape: ModelShape) -> int:

@@ -9,7 +9,7 @@ from luthier.errors import CapacityError, InputError
 from luthier.llm.rows import Row, pack, pack_groups, shared_prefix
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.objectives import product
-from luthier.records.training import AUTO, Derived, Measured, Resolved, TrainingConfig, TrainingPlan
+from luthier.records.training import AUTO, AdapterShape, Derived, Measured, Resolved, TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
 from luthier.templates.spool import SpooledExamples
 from luthier.train.hyperparameters import Amount, resolve
@@ -17,6 +17,11 @@ from luthier.train.memory import data_bytes, largest_base, least_need, main_memo
 
 USEFUL_SHARE = 0.4  # of the measured matrix rate that a whole training step reaches, where no step was measured
 SECONDS_TO_START = 8.0
+PADDED = Derived(
+    name="batches",
+    value="padded",
+    reason="texts of similar length go together: this model cannot keep texts of that length apart in one row",
+)
 
 Unit = TokenizedExample | TokenizedPair
 
@@ -40,8 +45,16 @@ class Material:
     proven: bool = False
 
 
-def plan_training(material: Material, config: TrainingConfig, shape: ModelShape, machine: Machine) -> TrainingPlan:
-    """Return the plan of a training run. Where it would not fit, rows are shortened first, then layers recomputed.
+def plan_training(
+    material: Material,
+    config: TrainingConfig,
+    shape: ModelShape,
+    machine: Machine,
+    start: AdapterShape | None = None,
+) -> TrainingPlan:
+    """Return the plan of a training run, perhaps one that goes on from an adapter (``start``).
+
+    Where it would not fit, rows are shortened first, then layers recomputed.
 
     Raises:
         InputError: there are fewer than two examples.
@@ -55,8 +68,10 @@ def plan_training(material: Material, config: TrainingConfig, shape: ModelShape,
         )
     sizes = _Sizes.of(material)
     amount = Amount(len(units), sizes.loss_tokens, sizes.longest)
-    resolved, steps, reasons = resolve(config, amount, shape, machine)
-    prefix = _prefix(units, material.validation)
+    resolved, steps, reasons = resolve(config, amount, shape, machine, start)
+    takes_rows = resolved.max_tokens <= shape.rows_up_to
+    prefix = _prefix(units, material.validation) if takes_rows else 0
+    reasons += [] if takes_rows else [PADDED]
     on_gpu = machine.main_memory_bytes is not None
     resolved = _fitted(resolved, config, sizes, shape, machine, reasons)
     computed = computed_tokens(units, prefix, resolved)
@@ -215,10 +230,10 @@ def _forward_passes(
         yield passed("reference", once, reason)
         drift = resolved.epochs * learned + looks * validated + tested
         yield passed("drift", drift, "beside each batch, answers to other prompts, forward only")
-    answered = sum(material.sample_prompts) * material.sample_tokens
-    if looks and validated and answered and product(resolved.method) == "generator":
-        answered += len(material.sample_prompts) * material.sample_tokens**2 // 2
-        reason = f"{looks} times {len(material.sample_prompts)} answers, a whole pass for each token, at the most"
+    prompts = len(material.sample_prompts)
+    answered = sum(material.sample_prompts) + prompts * material.sample_tokens
+    if looks and validated and prompts and product(resolved.method) == "generator":
+        reason = f"{looks} times {prompts} answers: their prompts once, and each token by itself"
         yield passed("sample answers", looks * answered, reason)
 
 

@@ -10,9 +10,9 @@ rules on the training loss look at the mean of a window only.
 | kind | rule |
 |---|---|
 | ``overfitting`` | the validation loss is over 3 % and 0.01 above its best, the mean training loss is lower than it was at that best, and the rise is confirmed: by a second validation in a row, by more than 10 %, or by the last step |
-| ``diverging`` | a loss is NaN or infinite; or the last window's mean is over 1.5 times the best window's, by more than 4.5 standard errors of their difference and by more than a tenth of the first window's mean |
+| ``diverging`` | a loss is NaN or infinite (the step is left out); or the last window's mean is over 1.5 times the best window's, by more than 4.5 standard errors of their difference and by more than a tenth of the first window's mean |
 | ``learning_nothing`` | after 30 % of the steps the last window's mean is not 2 % below the first's, and has not been for a window of steps (so 14 steps at the least); noise does not hide a fall of 10 % (three standard errors; one where the validation loss did not fall either); and the validation loss, once there is one, was measured twice and did not fall by 2 % |
-| ``unstable_gradients`` | three gradient norms among the last window (at least 10 steps) were over 10 times the median of the 500 before them and over the median of the first window, or were not finite |
+| ``unstable_gradients`` | three gradient norms among the last window (at least 10 steps) were over 10 times the median of the 500 before them and over the median of the first window; or one was not finite (the step is left out) |
 """  # noqa: E501 - a table's row is one line
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class LossHistory:
     validation_losses: list[float | None] = field(default_factory=list)  # None: not finite
     mean_at_best: float | None = None  # the last window's mean at the best validation
     broken_step: int | None = None  # the first loss that was not finite
+    broken_loss: str = ""  # and which one that was
+    broken_norm_step: int | None = None  # the first gradient norm that was not finite, beside a loss that was
     raised: list[str] = field(default_factory=list)
 
     @classmethod
@@ -97,10 +99,13 @@ class LossHistory:
     def training(self, step: int, loss: float, gradient_norm: float) -> None:
         """Take in one optimizer step (the first is 1)."""
         self.step = step
-        self._take_norm(step, gradient_norm)
+        if math.isfinite(gradient_norm):
+            self._take_norm(step, gradient_norm)
         if not math.isfinite(loss):
-            self.broken_step = self.broken_step or step
+            self._take_broken(step, "loss; the step was left out")
             return
+        if not math.isfinite(gradient_norm):
+            self.broken_norm_step = self.broken_norm_step or step
         if self.recent and loss + self.recent[-1] > 0:
             self.changes += 1
             self.squared_changes += (2 * (loss - self.recent[-1]) / (loss + self.recent[-1])) ** 2
@@ -117,7 +122,7 @@ class LossHistory:
         """Take in a validation, after the training step that it followed."""
         known = [before for before in self.validation_losses if before is not None]
         if not math.isfinite(loss):
-            self.broken_step = self.broken_step or step
+            self._take_broken(step, "validation loss")
         elif not known or loss < min(known):
             self.mean_at_best = fmean(self.recent) if self.recent else None
         self.validation_steps.append(step)
@@ -154,14 +159,16 @@ class LossHistory:
         self.raised += [warning.kind for warning in new]
         return new
 
+    def _take_broken(self, step: int, loss: str) -> None:
+        if self.broken_step is None:
+            self.broken_step, self.broken_loss = step, loss
+
     def _take_norm(self, step: int, norm: float) -> None:
-        finite = math.isfinite(norm)
         known = len(self.norms) >= LEAST_NORMS
-        if not finite or (known and norm > max(SPIKE_FACTOR * median(self.norms), median(self.first_norms))):
+        if known and norm > max(SPIKE_FACTOR * median(self.norms), median(self.first_norms)):
             _keep_last(self.spikes, step, SPIKES)
-        if finite:
-            _keep_first(self.first_norms, norm, max(self.window, LEAST_NORMS))
-            _keep_last(self.norms, norm, KNOWN_NORMS)
+        _keep_first(self.first_norms, norm, max(self.window, LEAST_NORMS))
+        _keep_last(self.norms, norm, KNOWN_NORMS)
 
     def _relative_error(self) -> float:
         """Return the standard error of the difference of two windows' means, as a share of the mean.
@@ -176,7 +183,7 @@ class LossHistory:
             return Warning(
                 kind="diverging",
                 step=self.broken_step,
-                message=f"The loss at step {self.broken_step} is not a finite number.",
+                message=f"Step {self.broken_step} has no finite {self.broken_loss}.",
                 hint="lower learning_rate_multiplier to 0.3, set precision to float32, or look for broken examples",
             )
         if len(self.recent) < self.window or self.best_mean is None or self.best_mean <= 0:
@@ -243,14 +250,21 @@ class LossHistory:
         )
 
     def _unstable_gradients(self) -> Warning | None:
+        if self.broken_norm_step is not None:
+            return Warning(
+                kind="unstable_gradients",
+                step=self.broken_norm_step,
+                message=f"Step {self.broken_norm_step} has no finite gradient; the step was left out.",
+                hint="lower learning_rate_multiplier to 0.3, set precision to float32, or look for broken examples",
+            )
         span = max(self.window, LEAST_NORMS)
         if len(self.spikes) < SPIKES or self.spikes[0] <= self.step - span:
             return None
-        usual = f"{SPIKE_FACTOR:.0f} times their median of {median(self.norms):.3g}" if self.norms else "every bound"
+        usual = f"{SPIKE_FACTOR:.0f} times their median of {median(self.norms):.3g}"
         return Warning(
             kind="unstable_gradients",
             step=self.step,
-            message=f"{SPIKES} gradient norms within {span} steps were above {usual} or not finite "
+            message=f"{SPIKES} gradient norms within {span} steps were above {usual} "
             f"(steps {', '.join(map(str, self.spikes))}).",
             hint="lower learning_rate_multiplier to 0.3, look for broken or wrongly labelled examples, "
             "or raise batch_size",

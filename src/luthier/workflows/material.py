@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from luthier.errors import InputError
 from luthier.evaluate.contest import sample
 from luthier.ingest.sampling import resample
+from luthier.llm.base_config import read_adapter
 from luthier.records.base_model import BaseModelInfo, Machine
 from luthier.records.dataset import DatasetVersion
 from luthier.records.example import Conversation, Example, Message
@@ -105,7 +106,9 @@ class Prepared:
             epoch_weights=self.request.files is not None,
             proven=self.request.parity_prompts > 0 and product(options.method) == "generator",
         )
-        return plan_training(known, options, shape(self.base_folder, self.base.parameters), machine)
+        sizes = shape(self.base_folder, self.base.parameters)
+        start = read_adapter(self.start_adapter) if self.start_adapter else None
+        return plan_training(known, options, sizes, machine, start)
 
 
 def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Path) -> Prepared:

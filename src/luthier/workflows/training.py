@@ -160,6 +160,7 @@ def _job(prepared: Prepared, made: TrainingPlan, folder: Path) -> TrainingJob:
         sample_tokens=options.sample_tokens,
         stop_tokens=frozenset(chat_format.stop_tokens) if chat_format else frozenset(),
         epoch_weights=prepared.request.files is not None,
+        base_sha256=prepared.base.sha256,
     )
 
 

@@ -43,7 +43,8 @@ class TrainingWatch:
         if now - self._last < EVENT_SECONDS and metrics.valid_loss is None and metrics.step != metrics.steps:
             return
         self._last = now
-        text = f"Step {metrics.step}/{metrics.steps}: training loss={metrics.train_loss:.3f}"
+        loss = "not a finite number" if metrics.train_loss is None else f"{metrics.train_loss:.3f}"
+        text = f"Step {metrics.step}/{metrics.steps}: training loss={loss}"
         if metrics.valid_loss is not None:
             text += f", validation loss={metrics.valid_loss:.3f}"
         self._context.metrics(text, metrics.model_dump(mode="json"))

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from luthier.llm.base_bits import Bits, read_base_bits
 from luthier.llm.engine.gradual import Holding, hold, is_explained, outline, own_names
 from luthier.llm.engine.quantised import quantisable, quantise
-from luthier.llm.engine.torch_model import copy_tokenizer, load_base
+from luthier.llm.engine.torch_model import copy_tokenizer, is_encoder, load_base
 from luthier.llm.engine.weight_files import WeightFiles, save_weights
+from luthier.llm.pad_token import pad_token, write_pad_token
 
 PREFIX = "base_model.model."  # of the names in an adapter's file
 
@@ -34,9 +35,10 @@ def save_merged(base_folder: Path, adapter_folder: Path, destination: Path) -> N
     kind = AutoModelForSequenceClassification if labelled else AutoModelForCausalLM
     config = AutoConfig.from_pretrained(adapter_folder if labelled else base_folder, local_files_only=True)
     model = outline(kind, config)
-    if is_explained(model, files, adapter.whole) and adapter.layers <= {name for name, _ in model.named_modules()}:
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if is_explained(model, files, adapter.whole) and adapter.layers <= linear:
         tensors = _merged(model, files, adapter)
-    else:  # an encoder, as a rule: its files have names of their own
+    else:  # an encoder, as a rule: its files have names of their own; or GPT-2, whose weights lie the other way round
         base = load_base(base_folder, "float32", kind=kind, on=torch.device("cpu"), config=config)
         tensors = _merged_by_peft(base, adapter_folder, adapter.bits)
     _save(model, tensors, files.dtype, base_folder, destination)
@@ -130,7 +132,13 @@ def _save(
     model.config.dtype = dtype
     model.config.use_cache = True
     model.config.architectures = [type(model).__name__]
+    reads_the_end = hasattr(model, "score") and not is_encoder(base_folder)
+    pad = pad_token(base_folder) if reads_the_end else None
+    if reads_the_end:
+        model.config.pad_token_id = pad[0] if pad else None
     model.config.save_pretrained(destination)
     copy_tokenizer(base_folder, destination)
+    if pad:
+        write_pad_token(destination, pad[1])
     if model.can_generate() and not (destination / "generation_config.json").is_file():
         model.generation_config.save_pretrained(destination)

@@ -1,4 +1,4 @@
-"""Texts in batches of similar length, padded: how every encoder is asked.
+"""Texts in batches of similar length, padded: how encoders are asked, and decoders that take no rows.
 
 Names end in their dimensions: N texts, L tokens of the longest one.
 """

@@ -20,8 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from luthier.errors import InputError
 from luthier.llm.base_bits import read_base_bits
-from luthier.llm.base_config import ENCODER_TYPES
+from luthier.llm.base_config import ENCODER_TYPES, UNBOUNDED, context_length, rows_up_to
 from luthier.llm.engine.gradual import Holding, fill, hold, is_explained, outline
+from luthier.llm.engine.quantised import quantisable
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.weight_files import WeightFiles
 from luthier.records.base_model import Machine
@@ -30,7 +31,7 @@ Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BFLOAT16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 HEADS = frozenset({"score", "classifier", "pre_classifier", "pooler", "head"})
-PROBE_SIZE = 1024
+PROBES = {"cpu": (1024, 1), "mps": (2048, 4), "cuda": (8192, 8)}  # size of the matrices, products in a row
 PROBE_RUNS = 5
 SCORING_BYTES = 2_000_000_000  # what scoring takes beside the weights
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -89,22 +90,27 @@ def load_base(
     precision: Precision | None,
     *,
     kind: Any = AutoModelForCausalLM,
+    longest: int | None = None,
     on: torch.device | None = None,
     **options: Any,
 ) -> Any:
-    """Load a base model folder for training or scoring, with attention within rows where it is a decoder.
+    """Load a base model folder for training or scoring, with attention within rows where it can have it.
 
     ``precision`` is that of the weights (None: as their files have them), ``kind`` the transformers class of its head,
-    ``options`` what that head needs to know, ``on`` a device other than the best one.
+    ``options`` what that head needs to know, ``on`` a device other than the best one. No example has more than
+    ``longest`` tokens (None: the model's context).
 
     Raises:
-        InputError: the weights are in a format that can run code (only safetensors are read).
+        InputError: the weights are in a format that can run code (only safetensors are read), or transformers has no
+            such head for the family.
     """
     _refuse_code(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    _refuse_head(kind, config)
     model = kind.from_pretrained(
         folder,
         dtype=DTYPES[precision] if precision else "auto",
-        attn_implementation=_attention(folder),
+        attn_implementation=_attention(config, longest),
         use_safetensors=True,
         local_files_only=True,
         **options,
@@ -119,6 +125,7 @@ def load_held(
     *,
     kind: Any = AutoModelForCausalLM,
     choose: Callable[[Any], None] = lambda model: model.requires_grad_(False),
+    longest: int | None = None,
     on: torch.device | None = None,
     **options: Any,
 ) -> Any:
@@ -128,17 +135,20 @@ def load_held(
     its parameters (an encoder, as a rule) is loaded whole into main memory first.
 
     Raises:
-        InputError: as :func:`load_base`.
+        InputError: as :func:`load_base`; or there are no layers to hold in few bits.
     """
     _refuse_code(folder)
     config = options.pop("config", None) or AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    _refuse_head(kind, config)
     here, files = on or device(), WeightFiles(folder)
-    model = outline(kind, config, dtype=holding.dtype, attn_implementation=_attention(folder))
+    model = outline(kind, config, dtype=holding.dtype, attn_implementation=_attention(config, longest))
+    if holding.bits and not any(quantisable(model)):
+        raise InputError(f"A {config.model_type} has no linear layers to hold in few bits.", hint="use mode lora")
     if is_explained(model, files, frozenset(_head_names(model))):
         choose(model)
         fill(model, files, holding, here)
     else:
-        model = load_base(folder, "float32", kind=kind, on=torch.device("cpu"), config=config)
+        model = load_base(folder, "float32", kind=kind, longest=longest, on=torch.device("cpu"), config=config)
         choose(model)
         hold(model, holding)
         model = model.to(here)
@@ -157,8 +167,21 @@ def _refuse_code(folder: Path) -> None:
         )
 
 
-def _attention(folder: Path) -> str | None:
-    return None if is_encoder(folder) else ATTENTION_NAME  # some encoders know no sdpa
+def _refuse_head(kind: Any, config: Any) -> None:
+    if type(config) not in kind._model_mapping:
+        raise InputError(
+            f"A {config.model_type} cannot be trained here: transformers has no {kind.__name__} for it.",
+            hint="take a base of another family, such as smollm2-135m",
+        )
+
+
+def _attention(config: Any, longest: int | None) -> str | None:
+    """Return the attention that a model is loaded with: ours, for rows, where it can have it."""
+    values = config.to_dict()
+    if (longest or context_length(values) or UNBOUNDED) <= rows_up_to(values):
+        return ATTENTION_NAME
+    # What transformers would choose by itself knows no caps on the scores.
+    return "eager" if values.get("attn_logit_softcapping") else None
 
 
 def is_encoder(folder: Path) -> bool:
@@ -239,11 +262,17 @@ def _cpu_name() -> str:
 
 
 def _matmul_flops(here: torch.device, dtype: torch.dtype) -> float:
-    left = torch.randn(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=here)
-    right = torch.randn(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=here)
+    """Return the best rate of several runs. A product must take longer than to start it: a GPU gets large ones."""
+    size, products = PROBES[here.type]
+    left = torch.randn(size, size, dtype=dtype, device=here)
+    right = torch.randn(size, size, dtype=dtype, device=here)
+    found = left @ right  # what comes first also pays for buffers and clocks
     best = 0.0
     for _ in range(PROBE_RUNS):
+        float(found[0, 0])  # reading a value waits for the device
         started = time.perf_counter()
-        float((left @ right)[0, 0])  # reading a value waits for the device
-        best = max(best, 2 * PROBE_SIZE**3 / (time.perf_counter() - started))
+        for _ in range(products):
+            found = left @ right
+        float(found[0, 0])
+        best = max(best, 2 * products * size**3 / (time.perf_counter() - started))
     return best

@@ -71,6 +71,7 @@ def load_checkpoint(
             hint="start a new run",
         )
     tensors = load_file(latest / TENSORS)
+    fused = bool(optimizer.defaults.get("fused"))  # then the count of steps lies with the parameter
     parameters = trainable(model)
     for label, tensor in tensors.items():
         key, _, name = label.partition("/")
@@ -78,7 +79,7 @@ def load_checkpoint(
             parameters[name].data.copy_(tensor)
         elif name:
             parameter = parameters[name]
-            optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
+            optimizer.state[parameter][key] = tensor.to("cpu" if key == "step" and not fused else parameter.device)
     torch.set_rng_state(tensors[RANDOM])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

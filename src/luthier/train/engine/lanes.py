@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,19 +30,25 @@ class PartOutcome:
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def lane_count(plan: TrainingPlan, device: torch.device) -> int:
-    """Return how many lanes a run uses.
+def lane_count(plan: TrainingPlan, device: torch.device, base: Any = None) -> int:
+    """Return how many lanes a run uses, over a base with that ``config`` (of transformers).
 
     One on a GPU and on a single core; where all weights are trained, whose gradients are too large to have twice; where
-    noise is drawn, since the order of the draws decides the numbers; and where the longest examples side by side would
-    be more tokens at once than are planned.
+    noise is drawn, in the base too, since the order of the draws decides the numbers; and where the longest examples
+    side by side would be more tokens at once than are planned.
     """
     resolved = plan.resolved
     longest = plan.longest_example * (2 if resolved.method in PAIRED else 1)
-    draws = resolved.lora_dropout > 0 or resolved.supervised.neftune_alpha > 0
+    draws = resolved.lora_dropout > 0 or resolved.supervised.neftune_alpha > 0 or _drops(base)
     here = device.type == "cpu" and torch.get_num_threads() >= LANES
     fits = resolved.has_adapter and LANES * longest <= resolved.tokens_per_row
     return LANES if here and fits and not draws else 1
+
+
+def _drops(config: Any) -> bool:
+    """Return whether a base has dropouts of its own, as encoders and older decoders do, by any of their names."""
+    values = config.to_dict() if config is not None else {}
+    return any("drop" in name and isinstance(value, int | float) and value > 0 for name, value in values.items())
 
 
 class Lanes:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from luthier.errors import EngineError
+from luthier.errors import DivergedError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
@@ -43,6 +43,9 @@ from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote, 
 from luthier.train.schedule import rate_factor
 from luthier.train.watch import LossHistory
 
+LEFT_OUT_IN_A_ROW = 3  # so many steps without finite numbers end a run: one may be a broken example's fault
+CHECKPOINT_SECONDS = 600.0
+
 OnStep = Callable[[StepMetrics], None]
 OnNote = Callable[[Note], None]
 
@@ -56,7 +59,9 @@ class TrainingJob:
     ends with the best step's adapter (or model) in its ``best`` folder. ``labels`` are a classifier's classes;
     ``start_adapter`` is one to go on from; ``sample_prompts`` (tokens) are answered at each validation, up to
     ``sample_tokens`` tokens or one of ``stop_tokens``. With ``epoch_weights`` the weights are also validated and
-    written at the end of each pass over the examples, with a :class:`~luthier.train.notes.WeightsNote`.
+    written at the end of each pass over the examples, with a :class:`~luthier.train.notes.WeightsNote`. The state is
+    saved at the plan's steps, and wherever ``checkpoint_seconds`` have passed. ``base_sha256`` names the base's
+    weights, which a run that goes on must find unchanged (None: their files are hashed).
     """
 
     plan: TrainingPlan
@@ -72,6 +77,8 @@ class TrainingJob:
     sample_tokens: int = 24
     stop_tokens: frozenset[int] = frozenset()
     epoch_weights: bool = False
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    base_sha256: str | None = None
 
 
 @dataclass
@@ -82,7 +89,10 @@ class _Progress:
     history: dict[str, Any]
     step: int = 0
     seconds: float = 0.0
+    training_seconds: float = 0.0  # without validations and samples
     trained_tokens: int = 0
+    left_out: int = 0
+    left_out_in_a_row: int = 0
     train_loss: float = math.nan
     valid_loss: float | None = None
     best_valid_loss: float | None = None
@@ -109,6 +119,7 @@ class _Training:
     lanes: Lanes
     progress: _Progress
     history: LossHistory
+    saved_at: float = field(default_factory=time.monotonic)
 
 
 def train(
@@ -118,9 +129,10 @@ def train(
 
     ``on_step`` hears of every optimizer step, ``on_note`` of warnings, sample answers and preparations.
     ``stop_if_asked`` is called after each step, where the state is saved first if it raises, and during preparations.
+    A step whose loss or gradient is not finite changes nothing: it is left out.
 
     Raises:
-        EngineError: the loss is no longer a finite number.
+        DivergedError: several steps in a row had to be left out; the last good state is saved.
         ConflictError: the checkpoint in the folder belongs to another job.
         InputError: the adapter to go on from does not fit the base.
     """
@@ -129,9 +141,10 @@ def train(
     while run.progress.step < job.plan.steps and run.progress.stopped_early is None:
         started = time.monotonic()
         outcome = _train_step(run, order.batch(run.progress.step))
-        valid = _validate_if_due(run, on_note)
         took = time.monotonic() - started
-        run.progress.seconds += took
+        valid = _validate_if_due(run, on_note)
+        run.progress.training_seconds += took
+        run.progress.seconds += time.monotonic() - started
         metrics = _metrics(run, outcome, valid, took)
         on_step(metrics)
         if _ends_epoch(run):
@@ -153,7 +166,7 @@ def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None])
     resolved = job.plan.resolved
     model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
     fingerprint = _fingerprint(job)
-    lanes = lane_count(job.plan, model.device)
+    lanes = lane_count(job.plan, model.device, model.model.config)
     objective = make_objective(model, job.plan, lanes)
 
     def on_progress(what: str, share: float) -> None:
@@ -180,25 +193,20 @@ def _train_step(run: _Training, batch: list[int]) -> _BatchOutcome:
         group["lr"] = resolved.learning_rate * factor * group["scale"]
     run.model.model.train()
     outcome = _batch_loss(run, [run.job.examples[i] for i in batch], training=True)
-    if not math.isfinite(outcome.loss):
-        raise EngineError(
-            f"The loss is {outcome.loss} at step {progress.step + 1}: training diverged.",
-            hint="lower learning_rate_multiplier to 0.3, or look for broken examples",
-        )
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, resolved.max_gradient_norm))
-    if not math.isfinite(norm):
-        raise EngineError(
-            f"The gradient's norm is {norm} at step {progress.step + 1}: training diverged; nothing was changed by it.",
-            hint="lower learning_rate_multiplier to 0.3, use precision float32, or look for broken examples",
-        )
     for group in run.optimizer.param_groups:
         group["gradient_norm"] = norm
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
-    progress.train_loss = outcome.loss
     progress.trained_tokens += outcome.tokens
+    if math.isfinite(outcome.loss) and math.isfinite(norm):
+        run.optimizer.step()
+        progress.train_loss = outcome.loss
+        progress.left_out_in_a_row = 0
+    else:
+        progress.left_out += 1
+        progress.left_out_in_a_row += 1
+    run.optimizer.zero_grad(set_to_none=True)
     run.history.training(progress.step, outcome.loss, norm)
     return outcome
 
@@ -263,16 +271,39 @@ def _save_and_stop(run: _Training, stop_if_asked: Callable[[], None]) -> None:
     """Save the checkpoint that is due at this step, and also where the run must stop."""
     progress, job = run.progress, run.job
     last = progress.step == job.plan.steps or progress.stopped_early is not None
+    if progress.left_out_in_a_row == LEFT_OUT_IN_A_ROW or (last and progress.left_out == progress.step):
+        _end_diverged(run)
     if last and progress.best_step == 0:  # nothing was held out to choose by
         save_best(job.folder, run.model.model, job.base_name)
         progress.best_step = progress.step
     try:
         stop_if_asked()
     except BaseException:
-        save_checkpoint(job.folder, run.model.model, run.optimizer, vars(progress))
+        _save(run)
         raise
-    if last or progress.step % job.plan.resolved.checkpoint_every == 0:
-        save_checkpoint(job.folder, run.model.model, run.optimizer, vars(progress))
+    waited = time.monotonic() - run.saved_at >= job.checkpoint_seconds
+    if last or waited or progress.step % job.plan.resolved.checkpoint_every == 0:
+        _save(run)
+
+
+def _save(run: _Training) -> None:
+    """Save the state of a run, if it is a good one: weights that broke must not take the place of those before."""
+    parameters = (parameter for group in run.optimizer.param_groups for parameter in group["params"])
+    if all(bool(parameter.isfinite().all()) for parameter in parameters):
+        save_checkpoint(run.job.folder, run.model.model, run.optimizer, vars(run.progress))
+        run.saved_at = time.monotonic()
+
+
+def _end_diverged(run: _Training) -> None:
+    count = run.progress.left_out_in_a_row
+    run.progress.left_out_in_a_row = 0  # a run that goes on looks at the steps behind these
+    _save(run)
+    raise DivergedError(
+        f"{count} steps in a row, up to step {run.progress.step}, had a loss or a gradient that is not finite: "
+        "training diverged. What was learned before is kept.",
+        hint="start again with learning_rate_multiplier=0.3 or precision=float32, or look for broken examples; a run "
+        "that is resumed goes on behind these steps",
+    )
 
 
 def _metrics(run: _Training, outcome: _BatchOutcome, valid: _BatchOutcome | None, seconds: float) -> StepMetrics:
@@ -281,15 +312,23 @@ def _metrics(run: _Training, outcome: _BatchOutcome, valid: _BatchOutcome | None
         step=progress.step,
         steps=plan.steps,
         epoch=progress.step * plan.resolved.batch_size / len(run.job.examples),
-        train_loss=outcome.loss,
-        train_metrics=outcome.metrics,
-        valid_loss=valid.loss if valid else None,
-        valid_metrics=valid.metrics if valid else {},
+        train_loss=_finite(outcome.loss),
+        train_metrics=_all_finite(outcome.metrics),
+        valid_loss=_finite(valid.loss) if valid else None,
+        valid_metrics=_all_finite(valid.metrics) if valid else {},
         learning_rate=group["lr"],
-        gradient_norm=group["gradient_norm"],
+        gradient_norm=_finite(group["gradient_norm"]),
         tokens_per_second=outcome.tokens / seconds,
         seconds_left=progress.seconds / progress.step * (plan.steps - progress.step),
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _all_finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _result(progress: _Progress, test_metrics: dict[str, float]) -> TrainingResult:
@@ -302,9 +341,10 @@ def _result(progress: _Progress, test_metrics: dict[str, float]) -> TrainingResu
         valid_metrics=progress.best_metrics,
         test_metrics=test_metrics,
         stopped_early=progress.stopped_early,
+        left_out_steps=progress.left_out,
         trained_tokens=progress.trained_tokens,
         seconds=progress.seconds,
-        tokens_per_second=progress.trained_tokens / max(progress.seconds, 1e-9),
+        tokens_per_second=progress.trained_tokens / max(progress.training_seconds, 1e-9),
         peak_memory_bytes=peak_memory_bytes(),
     )
 
@@ -312,7 +352,7 @@ def _result(progress: _Progress, test_metrics: dict[str, float]) -> TrainingResu
 def peak_memory_bytes() -> int:
     """Return the most memory that this process held, on the GPU where there is one."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else peak
 
 
 def _all_units(job: TrainingJob) -> Iterator[Unit]:
@@ -320,9 +360,19 @@ def _all_units(job: TrainingJob) -> Iterator[Unit]:
 
 
 def _fingerprint(job: TrainingJob) -> str:
-    """Return a hash of everything that a checkpoint depends on: options, examples, and the base's name."""
+    """Return a hash of everything that a checkpoint depends on: options, examples, and the weights it starts from."""
     digest = hashlib.sha256(job.plan.resolved.model_dump_json().encode())
-    digest.update(repr((job.base_name, job.labels, str(job.start_adapter))).encode())
+    base = job.base_sha256 or _hash_of_weights(job.base_folder)
+    start = _hash_of_weights(job.start_adapter) if job.start_adapter else None
+    digest.update(repr((job.base_name, base, job.labels, start)).encode())
     for unit in _all_units(job):
         digest.update(repr(unit).encode())
+    return digest.hexdigest()
+
+
+def _hash_of_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

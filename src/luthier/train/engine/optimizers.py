@@ -21,6 +21,8 @@ OptimizerName = Literal["adamw", "adamw_8bit"]
 BLOCK = 256  # values that share a scale
 SMALL = 4096  # tensors with fewer values keep their moments in float32
 CHUNK = 1 << 18  # values that are updated at once: their float32 copies stay in the processor's cache
+GPU_CHUNK = 1 << 24  # on a GPU, enough to outlast the start of the kernels; some 400 MB of copies
+FUSED_DEVICES = {"cpu", "cuda"}
 DECADES = 7  # powers of ten that the 8-bit code covers
 KEYS = 1 << 16  # sign, exponent and first 7 bits of the fraction of a float32
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
@@ -30,8 +32,9 @@ def make_optimizer(name: OptimizerName, groups: list[dict[str, Any]]) -> torch.o
     """Return an optimizer over the groups of :func:`parameter_groups`."""
     if name == "adamw_8bit":
         return AdamW8bit(groups)
-    on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, fused=True if on_cpu else None)  # one pass over memory instead of ten
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    # Fused, it passes over memory once instead of ten times.
+    return torch.optim.AdamW(groups, fused=True if devices <= FUSED_DEVICES else None)
 
 
 def parameter_groups(
@@ -161,10 +164,11 @@ def _update_blocks(
     """Update a parameter chunk by chunk: moments from their codes to float32, the step, and back."""
     signed, unsigned = _code(True, parameter.device), _code(False, parameter.device)
     step = int(state["step"])
+    size = GPU_CHUNK if parameter.device.type == "cuda" else CHUNK
     chunks = zip(
-        parameter.view(-1).split(CHUNK),
-        gradient.reshape(-1).split(CHUNK),
-        *(state[key].split(CHUNK // BLOCK) for key in ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")),
+        parameter.view(-1).split(size),
+        gradient.reshape(-1).split(size),
+        *(state[key].split(size // BLOCK) for key in ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")),
         strict=True,
     )
     for stored_N, gradient_N, codes, absmax_B, root_codes, root_absmax_B in chunks:

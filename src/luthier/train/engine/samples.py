@@ -1,20 +1,23 @@
-"""Sample answers while training: greedy, all prompts together in rows, each token by a whole forward pass.
+"""Sample answers while training: greedy, by transformers' own generation, which keeps the keys of what is behind it.
 
-A handful of short answers is asked for, so a cache of keys is not worth its code here.
+Prompts of similar length are answered together; each prompt goes through the model once, then each token by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from luthier.llm.engine.row_model import RowModel
-from luthier.llm.rows import pack, shared_prefix
-from luthier.templates.renderer import TokenizedExample
+from luthier.llm.engine.row_attention import ATTENTION_NAME
+from luthier.llm.engine.row_model import RowModel, autocast
+from luthier.llm.engine.text_batches import by_length
 
-TOKENS_PER_ROW = 2048
-ANY_TOKEN = 0
+TOKENS_AT_ONCE = 2048
+ANY_TOKEN = 0  # stands before a prompt that is shorter, and behind an answer; neither is looked at
 
 
 def answer_samples(
@@ -22,26 +25,35 @@ def answer_samples(
 ) -> list[list[int]]:
     """Return the greedy answer to each prompt, in tokens, without its stop token."""
     answers: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))
-    while going:
-        chosen = _next_tokens(model, [[*prompts[index], *answers[index]] for index in going])
-        for index, token in zip(tuple(going), chosen, strict=True):
-            if token not in stop_tokens:
-                answers[index].append(token)
-            if token in stop_tokens or len(answers[index]) == limit:
-                going.remove(index)
+    settings = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stop_tokens) or None, pad_token_id=ANY_TOKEN
+    )
+    with _generating(model) as generator, torch.no_grad(), autocast(model.dtype, model.device):
+        for indices in by_length([len(prompt) for prompt in prompts], TOKENS_AT_ONCE):
+            longest = max(len(prompts[index]) for index in indices)
+            before = [longest - len(prompts[index]) for index in indices]
+            tokens = [[ANY_TOKEN] * left + list(prompts[index]) for left, index in zip(before, indices, strict=True)]
+            written = generator.generate(
+                input_ids=torch.tensor(tokens, device=model.device),
+                attention_mask=torch.tensor([[0] * left + [1] * (longest - left) for left in before]).to(model.device),
+                generation_config=settings,
+            )
+            for index, row in zip(indices, written[:, longest:].tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in stop_tokens), len(row))
+                answers[index] = row[:end]
     return answers
 
 
-def _next_tokens(model: RowModel, texts: Sequence[Sequence[int]]) -> list[int]:
-    examples = [
-        TokenizedExample(str(index), [*text, ANY_TOKEN], [False] * len(text) + [True])
-        for index, text in enumerate(texts)
-    ]
-    found = [ANY_TOKEN] * len(texts)
-    with torch.no_grad():
-        for row in pack(examples, shared_prefix(examples), TOKENS_PER_ROW):
-            chosen = model.targets(row).chosen_M.tolist()
-            for owner, token in zip(row.owners, chosen, strict=True):
-                found[row.examples[owner]] = token
-    return found
+@contextmanager
+def _generating(model: RowModel) -> Iterator[Any]:
+    """Lend the model to transformers: with an attention that knows a cache, and with no habits of the base's own."""
+    inner = model.model.get_base_model() if hasattr(model.model, "get_base_model") else model.model
+    attention, habits = inner.config._attn_implementation, inner.generation_config
+    if attention == ATTENTION_NAME:
+        inner.set_attn_implementation("sdpa")
+    inner.generation_config = GenerationConfig()
+    try:
+        yield inner
+    finally:
+        inner.generation_config = habits
+        inner.set_attn_implementation(attention)

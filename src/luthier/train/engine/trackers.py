@@ -50,7 +50,7 @@ class Measured(Protocol):
     """The numbers of a step that are tracked; :class:`luthier.records.training.StepMetrics` has them."""
 
     @property
-    def train_loss(self) -> float: ...  # noqa: D102
+    def train_loss(self) -> float | None: ...  # noqa: D102
     @property
     def valid_loss(self) -> float | None: ...  # noqa: D102
     @property
@@ -60,21 +60,21 @@ class Measured(Protocol):
     @property
     def learning_rate(self) -> float: ...  # noqa: D102
     @property
-    def gradient_norm(self) -> float: ...  # noqa: D102
+    def gradient_norm(self) -> float | None: ...  # noqa: D102
     @property
     def tokens_per_second(self) -> float: ...  # noqa: D102
 
 
 def values_of(metrics: Measured) -> dict[str, float]:
-    """Return a step's numbers by their tags; a validation loss that was not measured is left out."""
-    values = {
+    """Return a step's numbers by their tags; what was not measured, or is not a finite number, is left out."""
+    known = {
         "loss/train": metrics.train_loss,
         "optimizer/learning_rate": metrics.learning_rate,
         "optimizer/gradient_norm": metrics.gradient_norm,
         "speed/tokens_per_second": metrics.tokens_per_second,
+        "loss/validation": metrics.valid_loss,
     }
-    if metrics.valid_loss is not None:
-        values["loss/validation"] = metrics.valid_loss
+    values = {name: value for name, value in known.items() if value is not None}
     values |= {f"train/{name}": value for name, value in metrics.train_metrics.items()}
     values |= {f"validation/{name}": value for name, value in metrics.valid_metrics.items()}
     return values

@@ -30,10 +30,15 @@ def load_trainable(
     ``labels`` are the classes of a classifier. With ``start_adapter`` training goes on from that adapter.
 
     Raises:
-        InputError: the adapter belongs to another architecture, or the mode does not fit the model.
+        InputError: the adapter belongs to another architecture, or the mode or the method does not fit the model.
     """
     torch.manual_seed(resolved.seed)
     model = _load(base_folder, resolved, labels, start_adapter)
+    if product(resolved.method) != "generator" and not is_encoder(base_folder) and not hasattr(model, "score"):
+        raise InputError(
+            f"A {model.config.model_type} labels texts with a head that is not known here.",
+            hint="take a base of another family, such as smollm2-135m",
+        )
     if resolved.has_adapter:
         model = _with_adapter(model, resolved, start_adapter)
     elif resolved.mode == "full":
@@ -48,6 +53,7 @@ def load_trainable(
 def _load(base_folder: Path, resolved: Resolved, labels: tuple[str, ...], start_adapter: Path | None) -> Any:
     # Weights that are trained stay in float32 and are rounded where they are used; frozen ones are held as used.
     options = {} if product(resolved.method) == "generator" else _classes(labels)
+    options["longest"] = resolved.max_tokens
     dtype, bits = DTYPES[resolved.precision], _bits(resolved, start_adapter)
     if resolved.mode == "last_layers":
         choose = partial(_train_last_layers, count=resolved.last_layers)

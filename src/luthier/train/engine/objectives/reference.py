@@ -1,11 +1,13 @@
 """What the model said before its first step: the reference that preference methods hold it to.
 
 The sums of log-probabilities are computed once and kept with the run, so that no second model is needed while training,
-and a run that goes on has the very same numbers.
+and a run that goes on has the very same numbers. A pass over many examples takes hours: it, too, goes on where it was.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from luthier.train.engine.objectives.objective import OnProgress, sum_by_owner
 
 FILE = "reference.safetensors"
 EXAMPLES_AT_ONCE = 16
+SAVE_SECONDS = 30.0
 
 
 def summed_logprobs(
@@ -46,23 +49,47 @@ def load_or_compute(
     fingerprint: str,
     on_progress: OnProgress,
 ) -> torch.Tensor:
-    """Return the reference of every example, (N,), from the folder where it was kept for this very run."""
+    """Return the reference of every example, (N,), from the folder where it is kept for this very run.
+
+    What is done is saved every :data:`SAVE_SECONDS`, and before ``on_progress`` ends the work by raising: it goes on
+    there.
+    """
     path = folder / FILE
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("fingerprint") == fingerprint:
-                return file.get_tensor("logprobs")
-    found_N = torch.zeros(len(examples))
-    for first in range(0, len(groups), EXAMPLES_AT_ONCE):
-        some = groups[first : first + EXAMPLES_AT_ONCE]
+    found_N, done = _load(path, fingerprint, len(examples))
+    saved_at = time.monotonic()
+    while done < len(groups):
+        some = groups[done : done + EXAMPLES_AT_ONCE]
         members = [index for group in some for index in group]
         local = {index: place for place, index in enumerate(members)}
         found_N[members] = summed_logprobs(
             model, [examples[i] for i in members], [[local[i] for i in group] for group in some], tokens_per_row
         )
-        on_progress("reference", min(1.0, (first + len(some)) / len(groups)))
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{FILE}")
-    save_file({"logprobs": found_N}, staged, metadata={"fingerprint": fingerprint})
-    staged.rename(path)
+        done += len(some)
+        if done == len(groups) or time.monotonic() - saved_at >= SAVE_SECONDS:
+            _save(path, fingerprint, found_N, done)
+            saved_at = time.monotonic()
+        try:
+            on_progress("reference", done / len(groups))
+        except BaseException:
+            _save(path, fingerprint, found_N, done)
+            raise
     return found_N
+
+
+def _load(path: Path, fingerprint: str, examples: int) -> tuple[torch.Tensor, int]:
+    """Return what a run has computed already, (N,), and of how many groups."""
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            kept = file.metadata() or {}
+            if kept.get("fingerprint") == fingerprint:
+                return file.get_tensor("logprobs"), int(kept["groups"])
+    return torch.zeros(examples), 0
+
+
+def _save(path: Path, fingerprint: str, found_N: torch.Tensor, done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}")
+    save_file({"logprobs": found_N}, staged, metadata={"fingerprint": fingerprint, "groups": str(done)})
+    with staged.open("rb") as file:
+        os.fsync(file.fileno())
+    staged.rename(path)
