@@ -29,7 +29,8 @@ class Settings(Record):
     is how many bytes of memory all engines here may hold, and ``max_loaded`` how many models may be loaded at once;
     None leaves both to the pool of models.
 
-    ``requests_per_minute`` and ``tokens_per_minute`` bound every key that has no bounds of its own; None leaves it free.
+    ``requests_per_minute`` and ``tokens_per_minute`` bound every key that has no bounds of its own; None leaves it
+    free.
     ``max_requests`` is how many requests one engine answers or holds waiting at once, and ``request_seconds`` how long
     one may take.
     ``webhook_targets`` says where webhooks may be sent: "any" address, or "public" ones alone.

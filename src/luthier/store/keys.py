@@ -26,9 +26,7 @@ class KeyStore:
         self._database = database
         self._has_keys = False
 
-    def add(
-        self, name: str, project: str, scopes: Sequence[Scope], rates: Rates = NO_RATES
-    ) -> tuple[ApiKey, str]:
+    def add(self, name: str, project: str, scopes: Sequence[Scope], rates: Rates = NO_RATES) -> tuple[ApiKey, str]:
         """Make a key; return its record and its secret, which cannot be had again."""
         secret = SECRET_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
         key = ApiKey(
