@@ -128,10 +128,17 @@ def test_ctrl_c_pauses_a_run_and_says_how_to_go_on(home: Path, tmp_path: Path, t
     luthier(home, "dataset", "import", str(write_questions(tmp_path / "questions.csv")))
     luthier(home, "dataset", "split", "questions", "--near", "0")
     luthier(home, "template", "save", "answer", "--user", "{{text}}", "--assistant", "{{label}}")
-    options = ["-o", "epochs=400", "-o", "batch_size=4", "-o", "precision=float32", "--parity-prompts", "0"]
+    options = ["-o", "epochs=100", "-o", "batch_size=4", "-o", "precision=float32", "--parity-prompts", "0"]
     command = [sys.executable, "-m", "luthier", "train", "questions", "-t", "answer", "-b", "tiny-base", *options]
     environment = {**os.environ, "LUTHIER_HOME": str(home)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while not (runs := store.runs.all()) or not store.runs.events(runs[0].id, type="metrics"):
         assert time.monotonic() < deadline
