@@ -145,6 +145,16 @@ def test_roles_and_parts_become_messages() -> None:
     assert messages == [Message(role="system", content="rule"), Message(role="user", content="one two")]
 
 
+def test_what_an_assistant_refused_with_is_what_it_said() -> None:
+    parts = [{"type": "text", "text": "No: "}, {"type": "refusal", "refusal": "never"}]
+    turns = [
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "assistant", "content": parts},
+    ]
+    request = parse_chat_request(HELLO | {"messages": turns})
+    assert [message.as_message().content for message in request.messages] == ["No.", "No: never"]
+
+
 def test_an_answer_has_openais_shape(endless_model: Path) -> None:
     (answer,) = complete(endless_model, SHORT)
     assert answer["object"] == "chat.completion"

@@ -165,9 +165,17 @@ async def stream_chat_text(chat: Chat) -> AsyncGenerator[str, None]:
         yield f"{before}{encode_json(part)}{after}"
     async with aclosing(chat.parts(choices)) as parts:
         async for part in parts:
-            yield f"{before}{encode_json(part)}{after}"
+            yield f"{before}{_part_text(part)}{after}"
     if chat.request.include_usage:
         yield encode_json(envelope | {"choices": [], "usage": _usage(chat, choices)})
+
+
+def _part_text(part: Part) -> str:
+    """Return a part as JSON; a piece of text, which most parts are, without the encoder's ado."""
+    text = part["delta"].get("content")
+    if text is None or part["logprobs"] is not None:
+        return encode_json(part)
+    return f'{{"index":{part["index"]},"delta":{{"content":{encode_json(text)}}},"logprobs":null,"finish_reason":null}}'
 
 
 def _openings(chat: Chat) -> Iterator[Part]:

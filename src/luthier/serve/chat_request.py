@@ -44,6 +44,26 @@ class TextPart(BaseModel):
     text: str
 
 
+class RefusalPart(BaseModel):
+    """A piece of what an assistant refused with."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _type_of(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def _kind_of_part(value: Any) -> str:
+    return "RefusalPart" if _type_of(value) == "refusal" else "TextPart"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("TextPart")] | Annotated[RefusalPart, Tag("RefusalPart")], Discriminator(_kind_of_part)
+]
+
+
 class CalledFunction(BaseModel):
     """The function of a call, with its arguments as JSON text."""
 
@@ -65,17 +85,20 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
+    refusal: str | None = None
     tool_calls: list[CallParam] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one text; a refusal is what an assistant said too."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content or ())
+        if self.content is None:
+            return (self.role == "assistant" and self.refusal) or ""
+        return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in self.content)
 
     def as_message(self) -> Message:
         """Return the turn as a record; "developer" is the newer word for "system"."""
@@ -137,8 +160,7 @@ class AllowedChoice(BaseModel):
 
 
 def _kind_of_choice(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "AllowedChoice" if kind == "allowed_tools" else "NamedTool"
+    return "AllowedChoice" if _type_of(value) == "allowed_tools" else "NamedTool"
 
 
 ToolChoice = Annotated[
@@ -191,7 +213,7 @@ def refuse_unsupported(request: ChatRequest) -> None:
 def _check_message(message: ChatMessage, place: str) -> None:
     if message.role == "tool" and message.tool_call_id is None:
         _missing(f"{place}.tool_call_id")
-    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+    if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
         _missing(f"{place}.content")
     if message.tool_calls and message.role != "assistant":
         what = f"{place}.tool_calls: only an assistant's turn has them"

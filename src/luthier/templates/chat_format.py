@@ -205,10 +205,10 @@ class ChatFormat:
         tokens = self.plain_content.encode(text)
         return self.encode(text) if tokens is None else tokens
 
-    def decode(self, tokens: Sequence[int], *, with_special: bool = False) -> str:
-        """Return the text of an answer's tokens, up to its end-of-turn token; special tokens have text if asked for."""
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer's tokens, up to its end-of-turn token and without special tokens."""
         end = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))
-        return str(self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=not with_special))
+        return str(self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=True))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

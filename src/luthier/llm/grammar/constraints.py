@@ -10,8 +10,10 @@ from luthier.llm.grammar.expressions import IMPOSSIBLE, Expression, Grammar, ebn
 from luthier.llm.grammar.schema import SchemaError, schema_rules
 from luthier.records.completion import Constraint
 
-MAX_RULE_PARTS = 100_000
-REMEMBERED = 256
+MAX_RULE_PARTS = 50_000
+MAX_CHARACTERS = 500_000  # of a grammar
+REMEMBERED = 64  # grammars
+REMEMBERED_CHARACTERS = 50_000  # of a schema; larger ones are read anew each time
 ANY_OBJECT = {"type": "object"}
 
 
@@ -21,10 +23,11 @@ def json_constraint(schema: Any) -> Constraint:
     Raises:
         SchemaError: saying where the schema is wrong, or has what cannot be decoded by.
     """
-    return _json_constraint(canonical_order(schema))
+    text = schema_text(schema)
+    return _json_constraint(text) if len(text) <= REMEMBERED_CHARACTERS else _json_constraint.__wrapped__(text)
 
 
-def canonical_order(schema: Any) -> str:
+def schema_text(schema: Any) -> str:
     """Return a schema's text with its properties in their order, which is that of the answer.
 
     Raises:
@@ -54,4 +57,7 @@ def grammar_text(grammar: Grammar, root: Expression) -> str:
         raise SchemaError("No value satisfies the schema.")
     if size(found, rules) > MAX_RULE_PARTS:
         raise SchemaError(f"The schema makes more than {MAX_RULE_PARTS:,} parts of rules.")
-    return ebnf(found, rules)
+    text = ebnf(found, rules)
+    if len(text) > MAX_CHARACTERS:
+        raise SchemaError(f"The schema makes rules of more than {MAX_CHARACTERS:,} letters.")
+    return text

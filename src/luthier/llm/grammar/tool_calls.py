@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from luthier.llm.grammar.constraints import REMEMBERED, canonical_order, grammar_text
+from luthier.llm.grammar.constraints import REMEMBERED, REMEMBERED_CHARACTERS, grammar_text, schema_text
 from luthier.llm.grammar.expressions import (
     HIGHEST,
     Expression,
@@ -25,6 +25,7 @@ from luthier.records.completion import Constraint
 from luthier.templates.tool_formats import ToolFormat
 
 MAX_CALLS = 32
+Kind = Literal["calls", "text", "json"]
 Functions = Sequence[tuple[str, Any]]
 """The names of functions with the schemas of their arguments."""
 
@@ -35,7 +36,7 @@ def must_call(tool_format: ToolFormat, functions: Functions, *, several: bool) -
     Raises:
         SchemaError: a schema is wrong, or has what cannot be decoded by.
     """
-    return _constraint(tool_format, _text(functions), several, "calls", "null")
+    return _remembered(tool_format, _text(functions), several, "calls", "null")
 
 
 def may_call(
@@ -46,18 +47,22 @@ def may_call(
     Raises:
         SchemaError: a schema is wrong, or has what cannot be decoded by.
     """
-    kind: Literal["text", "json"] = "text" if schema is None else "json"
-    return _constraint(tool_format, _text(functions), several, kind, canonical_order(schema))
+    kind: Kind = "text" if schema is None else "json"
+    return _remembered(tool_format, _text(functions), several, kind, schema_text(schema))
 
 
 def _text(functions: Functions) -> str:
-    return canonical_order([list(function) for function in functions])
+    return schema_text([list(function) for function in functions])
+
+
+def _remembered(tool_format: ToolFormat, functions: str, several: bool, kind: Kind, schema: str) -> Constraint:
+    is_small = len(functions) + len(schema) <= REMEMBERED_CHARACTERS
+    make = _constraint if is_small else _constraint.__wrapped__
+    return make(tool_format, functions, several, kind, schema)
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _constraint(
-    tool_format: ToolFormat, functions: str, several: bool, kind: Literal["calls", "text", "json"], schema: str
-) -> Constraint:
+def _constraint(tool_format: ToolFormat, functions: str, several: bool, kind: Kind, schema: str) -> Constraint:
     grammar = Grammar()
     call = either(*(_call(grammar, tool_format, name, one) for name, one in json.loads(functions)))
     most = MAX_CALLS if several else 1
