@@ -174,8 +174,16 @@ def _show_plan(plan: TrainingPlan) -> None:
         ),
         ("steps", f"{plan.steps:,}", f"{plan.resolved.batch_size} examples each"),
         ("memory", size(plan.memory_bytes), f"of {size(plan.machine_memory_bytes)} free; {_how(plan, 'estimated')}"),
-        ("time", f"about {duration(plan.seconds)}", f"training alone, {_how(plan, 'from the measured matrix rate')}"),
+        (
+            "time",
+            f"about {duration(plan.seconds)}",
+            f"training and validating, {_how(plan, 'from the measured matrix rate')}",
+        ),
     ]
+    if plan.main_memory_bytes:
+        free = plan.machine_main_memory_bytes or plan.machine_memory_bytes
+        why = f"of {size(free)} free; loading, export and parity, the data set with it"
+        rows.append(("main memory", size(plan.main_memory_bytes), why))
     rows += [(reason.name, reason.value, reason.reason) for reason in plan.reasons]
     rows += [("left out", f"{count:,}", problem.replace("_", " ")) for problem, count in plan.dropped.items()]
     if plan.truncated:
