@@ -42,8 +42,7 @@ def main() -> None:
     started = time.monotonic()
     forbid_telemetry()
     path = options.model / "model.gguf"
-    properties = plugin_properties(options.precision, is_quantised(path), options.threads)
-    pipeline = load_pipeline(path, options.cache_gigabytes, properties)
+    pipeline, properties = open_pipeline(path, options.cache_gigabytes, options.precision, options.threads)
     connection.send({"op": "ready", "load_seconds": time.monotonic() - started, "properties": properties})
     Worker(pipeline, connection).run()
 
@@ -55,6 +54,12 @@ def forbid_telemetry() -> None:
     cannot send.
     """
     sys.modules[TELEMETRY_MODULE] = None  # type: ignore[assignment]
+
+
+def open_pipeline(path: Path, cache_gigabytes: int, precision: str, threads: int) -> tuple[Any, dict[str, Any]]:
+    """Load a GGUF file; return the pipeline and its properties."""
+    properties = plugin_properties(precision, is_quantised(path), threads)
+    return load_pipeline(path, cache_gigabytes, properties), properties
 
 
 def is_quantised(path: Path) -> bool:
@@ -71,8 +76,8 @@ def is_quantised(path: Path) -> bool:
 def plugin_properties(precision: str, quantised: bool, threads: int) -> dict[str, Any]:
     """Return the CPU plugin's properties; docs/decisions/0003-engine-numerics.md has the measurements.
 
-    ``precision`` is "auto" (the processor's own, but float32 where the weights are quantised), "native" or "float32".
-    ``threads`` 0 lets the plugin choose.
+    ``precision`` is "auto" (the processor's own, but float32 where the weights are quantised), "native" or
+    "float32". ``threads`` 0 lets the plugin choose.
     """
     properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     if precision == "float32" or (precision == "auto" and quantised):

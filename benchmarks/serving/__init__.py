@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/serve.py``: the questions, the client, and the sides that are measured."""
