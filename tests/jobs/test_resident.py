@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from luthier.errors import InputError
+from luthier.errors import DivergedError, InputError
 from luthier.jobs import resident_context
 from luthier.jobs.launch import log_path
 from luthier.jobs.resident import Executor, Residents
@@ -152,6 +152,13 @@ def test_a_full_disk_pauses_the_run(store: Store) -> None:
         return {}
 
     assert "The disk is full" in (executed(store, fill, "paused").error or "")
+
+
+def test_training_that_diverges_pauses_the_run(store: Store) -> None:
+    async def diverge(context: ResidentContext) -> dict[str, Any]:
+        raise DivergedError("3 steps in a row had no finite loss.", hint="lower the learning rate")
+
+    assert "Hint: lower the learning rate" in (executed(store, diverge, "paused").error or "")
 
 
 @pytest.mark.parametrize(("request_", "status"), [("pause", "paused"), ("cancel", "cancelled")])
