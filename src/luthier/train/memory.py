@@ -23,7 +23,8 @@ TRANSIENT = 12  # numbers a token, in widths, that a step holds beside what laye
 FUSED_WIDE = 2.0
 UNFUSED = (16.0, 4.1)
 UNFUSED_DROPOUT = (26.0, 6.1)
-UNFUSED_DORA = (21.0, 11.2)
+UNFUSED_DORA = (22.0, 8.0)
+DORA_BYTES = 2  # of a weight that DoRA keeps of each weight, beside another one in the run's numbers
 FILE_BYTES = 1e9  # see luthier.llm.engine.weight_files
 ENGINE_BYTES = 0.5e9  # a server beside its weights
 LEAST_ROW = 64
@@ -96,6 +97,9 @@ def _weights(resolved: Resolved, shape: ModelShape, number: int) -> float:
     linear = shape.linear_parameters
     held: float = (shape.parameters - linear) * number
     held += shape.adapter_parameters(resolved.lora_rank) * ADAPTER_BYTES
+    if resolved.mode == "dora":
+        # Weights with what is added to them, for the norms of their rows: measured to stay with layers recomputed, too.
+        held += linear * (number + DORA_BYTES)
     if resolved.mode != "qlora":
         return held + linear * number
     # Gate and up are made whole together where they are multiplied, by way of float32.
