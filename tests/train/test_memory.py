@@ -53,7 +53,7 @@ def text(tokens: int) -> TokenizedExample:
 
 
 def resolve(shape: ModelShape, **options: Any) -> Resolved:
-    config = TrainingConfig.model_validate({"lora_rank": 4, **options})
+    config = TrainingConfig.model_validate(options)
     return plan_training(Material([text(TOKENS)] * 4, [], RenderReport()), config, shape, MACHINE).resolved
 
 
@@ -75,6 +75,17 @@ def kept_bytes(folder: Path, resolved: Resolved, tokens: int) -> int:
         loss = model.targets(row).logprobs_M.sum()
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_layers_below_what_is_trained_keep_nothing(tmp_path: Path) -> None:
+    folder = write_base(tmp_path, "llama", 6)
+    shape = read_shape(folder, 200_000)
+    kept, expected = [], []
+    for last in (1, 3):
+        resolved = resolve(shape, mode="last_layers", last_layers=last)
+        kept.append(kept_bytes(folder, resolved, TOKENS) - kept_bytes(folder, resolved, TOKENS // 2))
+        expected.append(memory_need(resolved, shape).per_token * TOKENS / 2)
+    assert 0.95 < (expected[1] - expected[0]) / (kept[1] - kept[0]) < 1.35
 
 
 @pytest.mark.parametrize("case", CASES)

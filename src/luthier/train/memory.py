@@ -50,7 +50,8 @@ def memory_need(resolved: Resolved, shape: ModelShape, data_bytes: int = 0) -> M
     """Estimate a run's memory: process, data set, base, what is trained with its optimizer, activations, logits."""
     number = 2 if resolved.precision == "bfloat16" else 4
     layer = _kept(resolved, shape)
-    kept = shape.layers + layer if resolved.recompute else shape.layers * layer
+    layers = resolved.last_layers if resolved.mode == "last_layers" else shape.layers  # frozen ones below keep nothing
+    kept = layers + layer if resolved.recompute else layers * layer
     per_token = shape.width * number * (kept + TRANSIENT)
     return MemoryNeed(PROCESS_BYTES + data_bytes + _weights(resolved, shape, number) + LOGITS_AT_ONCE, per_token)
 
