@@ -176,12 +176,10 @@ def _refuse_head(kind: Any, config: Any) -> None:
 
 
 def _attention(config: Any, longest: int | None) -> str | None:
-    """Return the attention that a model is loaded with: ours, for rows, where it can have it."""
+    """Return the attention that a model is loaded with: ours, for rows, where it can have it, else its own choice."""
     values = config.to_dict()
-    if (longest or context_length(values) or UNBOUNDED) <= rows_up_to(values):
-        return ATTENTION_NAME
-    # What transformers would choose by itself knows no caps on the scores.
-    return "eager" if values.get("attn_logit_softcapping") else None
+    takes_rows = (longest or context_length(values) or UNBOUNDED) <= rows_up_to(values)
+    return ATTENTION_NAME if takes_rows else None
 
 
 def is_encoder(folder: Path) -> bool:
