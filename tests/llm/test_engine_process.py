@@ -19,7 +19,7 @@ import pytest
 from luthier.errors import EngineError, NotFoundError
 from luthier.llm.engine_interface import TokenDelta
 from luthier.llm.engine_process import WORKER_MODULE, EngineOptions, EngineProcess
-from luthier.records.completion import Sampling
+from luthier.records.completion import Constraint, Sampling
 from luthier.templates.chat_format import ChatFormat
 
 LONG = Sampling(max_tokens=1500)
@@ -63,11 +63,11 @@ async def gone(pid: int) -> bool:
 class RawWorker:
     """A worker spoken to in its own protocol."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *arguments: str) -> None:
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", WORKER_MODULE, "--model", str(folder), "--fd", str(theirs.fileno())],
+                [sys.executable, "-m", WORKER_MODULE, "--model", str(folder), "--fd", str(theirs.fileno()), *arguments],
                 pass_fds=(theirs.fileno(),),
             )
         self.lines = self.socket.makefile("rb")
@@ -75,8 +75,9 @@ class RawWorker:
     def send(self, **message: Any) -> None:
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def generate(self, request: int, tokens: list[int], max_tokens: int) -> None:
-        sampling = Sampling(max_tokens=max_tokens).model_dump()
+    def generate(self, request: int, tokens: list[int], max_tokens: int, grammar: str | None = None) -> None:
+        constraint = grammar and Constraint(grammar=grammar)
+        sampling = Sampling(max_tokens=max_tokens, constraint=constraint or None).model_dump()
         self.send(op="generate", id=request, tokens=tokens, sampling=sampling, stop_tokens=[])
 
     def receive(self) -> dict[str, Any]:
@@ -192,6 +193,29 @@ def test_a_waiting_request_can_be_cancelled(raw_worker: RawWorker, served_tiny_m
     while 3 not in finished:
         finished += [delta[0] for delta in raw_worker.receive()["deltas"] if delta[3]]
     assert finished == [1, 3]
+
+
+def test_an_engine_that_is_asked_for_ever_new_grammars_forgets_old_ones(served_tiny_model: Path) -> None:
+    worker = RawWorker(served_tiny_model, "--grammar-bytes", "0")  # one at a time
+    assert worker.receive()["op"] == "ready"
+    tokens = prompt(served_tiny_model)
+    worker.generate(0, tokens, 300)  # under way while a second grammar waits
+    for request, letter in enumerate("aabb", 1):
+        worker.generate(request, tokens, 20, f'root ::= "{letter}" "{letter}"')
+    answers: dict[int, list[int]] = {}
+    ends: list[int | str] = []
+    while len(ends) < 6:
+        message = worker.receive()
+        ends += ["reopened"] if message["op"] == "reopened" else []
+        for request, made, _, reason in message.get("deltas", ()):
+            answers.setdefault(request, []).extend(made)
+            ends += [request] if reason else []
+    worker.close()
+    assert ends.index("reopened") == 3
+    assert set(ends[:3]) == {0, 1, 2}
+    decode = ChatFormat.load(served_tiny_model).decode
+    assert [decode(answers[request]) for request in range(1, 5)] == ["aa", "aa", "bb", "bb"]
+    assert len(answers[0]) == 300
 
 
 def test_the_worker_ends_when_its_socket_closes_even_in_the_middle_of_an_answer(

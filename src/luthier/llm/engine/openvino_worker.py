@@ -6,24 +6,27 @@ In:  ``{"op": "generate", "id", "tokens", "sampling", "stop_tokens"}``, ``{"op":
 ``{"op": "shutdown"}``
 
 Out: ``{"op": "ready", …}``, ``{"op": "step", "deltas": [[id, tokens, logprobs, finish_reason or null], …]}`` (one line
-per step of the engine), ``{"op": "error", "id", "message"}``
+per step of the engine), ``{"op": "error", "id", "message"}``, ``{"op": "reopened", …}`` (to forget grammars)
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import mmap
 import random
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from luthier.llm.engine.grammar_memory import USUAL_BYTES, GrammarMemory
 from luthier.llm.engine.prefix_gate import PrefixGate, prefix_blocks
 from luthier.llm.engine.worker_socket import WorkerSocket, worker_arguments
 
@@ -42,9 +45,12 @@ def main() -> None:
     started = time.monotonic()
     forbid_telemetry()
     path = options.model / "model.gguf"
-    pipeline, properties = open_pipeline(path, options.cache_gigabytes, options.precision, options.threads)
+    reopen = partial(open_pipeline, path, options.cache_gigabytes, options.precision, options.threads)
+    pipeline, properties = reopen()
+    limit = USUAL_BYTES + path.stat().st_size if options.grammar_bytes is None else options.grammar_bytes
+    grammars = GrammarMemory(len(pipeline.get_tokenizer().get_vocab()), limit)
     connection.send({"op": "ready", "load_seconds": time.monotonic() - started, "properties": properties})
-    Worker(pipeline, connection).run()
+    Worker(pipeline, connection, lambda: reopen()[0], grammars).run()
 
 
 def forbid_telemetry() -> None:
@@ -107,15 +113,27 @@ class Request:
     tokens: list[int]
     config: Any
     blocks: list[int]
+    grammar: str | None = None
     handle: Any = field(default=None)
     has_token: bool = False
 
 
 class Worker:
-    """Moves requests from the inbox into the pipeline, steps it, and sends what each step produced."""
+    """Moves requests from the inbox into the pipeline, steps it, and sends what each step produced.
 
-    def __init__(self, pipeline: Any, connection: WorkerSocket) -> None:
+    Args:
+        pipeline: The model.
+        connection: Where requests come from, and answers go.
+        reopen: Opens the pipeline anew, when grammars hold too much memory.
+        grammars: How much they may hold.
+    """
+
+    def __init__(
+        self, pipeline: Any, connection: WorkerSocket, reopen: Callable[[], Any], grammars: GrammarMemory
+    ) -> None:
         self._pipeline = pipeline
+        self._reopen = reopen
+        self._grammars = grammars
         self._connection = connection
         self._inbox = connection.inbox
         self._gate = PrefixGate()
@@ -155,15 +173,19 @@ class Worker:
         elif message["op"] == "generate":
             config = generation_config(message["sampling"], self._stop_tokens(message))
             tokens = message["tokens"]
-            self._waiting[message["id"]] = Request(message["id"], tokens, config, prefix_blocks(tokens))
+            constraint = message["sampling"]["constraint"]
+            grammar = constraint and constraint["grammar"]
+            self._waiting[message["id"]] = Request(message["id"], tokens, config, prefix_blocks(tokens), grammar)
 
     def _stop_tokens(self, message: dict[str, Any]) -> list[int]:
         """Return the tokens that end an answer.
 
-        A grammar knows one token as the end, and takes others for their texts, which may stand in a string.
+        A grammar knows one token as the end, and takes others for their texts, which may stand in a string. Without
+        one, there would be nothing to go on with behind the end.
         """
         stop_tokens: list[int] = message["stop_tokens"]
-        return [self._end] if message["sampling"]["constraint"] and self._end in stop_tokens else stop_tokens
+        is_bound = message["sampling"]["constraint"] is not None
+        return [self._end] if is_bound and (self._end in stop_tokens or not stop_tokens) else stop_tokens
 
     def _cancel(self, request_id: int) -> None:
         self._waiting.pop(request_id, None)
@@ -174,9 +196,22 @@ class Worker:
 
     def _admit(self) -> None:
         for request in list(self._waiting.values()):
+            if not self._grammars.has_room(request.grammar):
+                if self._running or self._pipeline.has_non_finished_requests():
+                    return  # those behind it wait too, so that it is their turn soon
+                self._forget_grammars()
             if self._gate.may_start(request.blocks):
                 del self._waiting[request.id]
                 self._start(request)
+
+    def _forget_grammars(self) -> None:
+        started = time.monotonic()
+        self._pipeline = None
+        gc.collect()
+        self._pipeline = self._reopen()
+        self._grammars.clear()
+        self._gate = PrefixGate()
+        self._connection.send({"op": "reopened", "load_seconds": time.monotonic() - started})
 
     def _start(self, request: Request) -> None:
         import openvino
@@ -187,6 +222,7 @@ class Worker:
         except RuntimeError as error:  # what openvino raises for a request that breaks its rules
             self._fail(request.id, str(error))
             return
+        self._grammars.note(request.grammar)
         self._gate.start(request.id, request.blocks)
         self._running[request.id] = request
 
@@ -265,6 +301,7 @@ def _read_outputs(handle: Any) -> list[Any]:
 def _arguments() -> argparse.Namespace:
     parser = worker_arguments(__doc__)
     parser.add_argument("--cache-gigabytes", type=int, default=2)
+    parser.add_argument("--grammar-bytes", type=int)
     parser.add_argument("--precision", choices=("auto", "native", "float32"), default="auto")
     return parser.parse_args()
 
