@@ -50,7 +50,7 @@ def preferences(data: Path) -> Rows:
     for item in json.loads((data / "pandalm_human_prefs" / "testset-v1.json").read_text("utf-8")):
         votes = [item[f"annotator{number}"] for number in (1, 2, 3)]
         better = next((side for side in (1, 2) if votes.count(side) >= 2), None)
-        answers = {side: item[f"response{side}"].strip() for side in (1, 2)}
+        answers = {side: str(item[f"response{side}"]).strip() for side in (1, 2)}
         if better is None or answers[1] == answers[2] or not all(answers.values()):
             continue
         prompt = "\n\n".join(filter(None, (item["instruction"], item["input"])))

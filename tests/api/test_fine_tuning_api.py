@@ -340,7 +340,7 @@ def test_what_cannot_be_done_is_refused_with_its_field(
 
 def test_files_that_do_not_fit_are_refused_with_their_details(shop: Live, acme: openai.OpenAI) -> None:
     wrong = upload(shop.store, chats(2), purpose="batch")
-    with pytest.raises(openai.BadRequestError, match="rows.jsonl.*purpose 'batch'"):
+    with pytest.raises(openai.BadRequestError, match=r"rows\.jsonl.*purpose 'batch'"):
         acme.fine_tuning.jobs.create(model="tiny-base", training_file=wrong)
     broken = upload(shop.store, chats(2))
     shop.store.files.change(
@@ -386,4 +386,4 @@ def test_a_run_of_the_command_line_is_a_job_of_the_default_project(shop: Live) -
     assert job.id == run.id.replace("train-", "ftjob-")
     assert (job.training_file, job.validation_file, job.status) == ("questions@2", None, "queued")
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-    assert list(client.fine_tuning.jobs.list_events(job.id))[0].message == "The job was asked to stop for good"
+    assert next(iter(client.fine_tuning.jobs.list_events(job.id))).message == "The job was asked to stop for good"

@@ -249,7 +249,7 @@ def test_sizes_are_read_in_the_words_of_each_family(tmp_path: Path) -> None:
     assert first == shape(tmp_path, 1)
     assert first.context_length == 512
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(InputError, match="does not say .num_"):
+    with pytest.raises(InputError, match=r"does not say .num_"):
         shape(tmp_path, 1)
 
 

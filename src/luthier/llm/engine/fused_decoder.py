@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from luthier.llm.engine.layer_operations import LayerOperations, Rope, inverse_rms
+from luthier.llm.engine.native_operations import operations_for
 from luthier.llm.engine.projections import Projection, can_project
-from luthier.llm.engine.row_attention import Heads, attend, attend_backward
+from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 def can_fuse(decoder: Any) -> bool:
@@ -38,15 +39,28 @@ def can_fuse(decoder: Any) -> bool:
 
 
 class FusedDecoder:
-    """A decoder's layers as fused functions over the same parameters. ``recompute`` keeps only each layer's input."""
+    """A decoder's layers as fused functions over the same parameters, computing in ``dtype``.
 
-    def __init__(self, decoder: Any, *, recompute: bool = False) -> None:
+    ``recompute`` keeps only each layer's input. ``operations`` are the fastest there are where they are not given.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        operations: LayerOperations | None = None,
+    ) -> None:
         self._decoder = decoder
-        self._layers = [_Layer(block, recompute=recompute) for block in decoder.layers]
+        found = operations or operations_for(dtype, next(decoder.parameters()).device)
+        self._layers = [_Layer(block, found, recompute=recompute) for block in decoder.layers]
 
     def forward(self, hidden_TE: torch.Tensor, layout: RowLayout) -> torch.Tensor:
         """Return the decoder's last hidden states (T, E), after its final norm, from the embeddings of a row."""
-        cos_1TD, sin_1TD = self._decoder.rotary_emb(hidden_TE, layout.positions_T[None])
+        cos_1TD, sin_1TD = self._decoder.rotary_emb(
+            hidden_TE.new_empty(0, dtype=torch.float32), layout.positions_T[None]
+        )
         rope = (cos_1TD[0, :, None], sin_1TD[0, :, None])
         for layer in self._layers:
             if torch.is_grad_enabled() and (layer.parameters or hidden_TE.requires_grad):
@@ -99,11 +113,12 @@ class _Kept:
 class _Layer:
     """One decoder layer: attention and the gated multi-layer perceptron, each behind a norm and a residual sum."""
 
-    def __init__(self, block: Any, *, recompute: bool) -> None:
+    def __init__(self, block: Any, operations: LayerOperations, *, recompute: bool) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.recompute = recompute
-        self._norm = _Norm(block.input_layernorm)
-        self._middle_norm = _Norm(block.post_attention_layernorm)
+        self._do = operations
+        self._norm = _Norm(block.input_layernorm, operations)
+        self._middle_norm = _Norm(block.post_attention_layernorm, operations)
         self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
         self._out = Projection([attention.o_proj])
         self._gate_up = Projection([mlp.gate_proj, mlp.up_proj])
@@ -113,7 +128,7 @@ class _Layer:
             attention.q_proj.out_features // width, attention.k_proj.out_features // width, attention.scaling
         )
         self._width = width
-        self._head_norms = [_Norm(norm) for norm in _head_norms(attention)]
+        self._head_norms = [_Norm(norm, operations) for norm in _head_norms(attention)]
         first: list[_Norm | Projection] = [self._norm, self._qkv, *self._head_norms, self._out]
         parts = [*first, self._middle_norm, self._gate_up, self._down]
         self.parameters = [parameter for part in parts for parameter in part.parameters]
@@ -124,12 +139,11 @@ class _Layer:
         qk_TCD = qkv_TCD[:, : self._heads.query + self._heads.key]
         raw_qk_TCD = qk_TCD.clone() if self._head_norms else None
         self._norm_heads(qk_TCD)
-        _rotate(qk_TCD, rope)
-        attended_TE = attend(qkv_TCD, self._heads, layout).flatten(1)
+        self._do.rotate(qk_TCD, rope)
+        attended_TE = self._do.attend(qkv_TCD, self._heads, layout).flatten(1)
         middle_TE = self._out.forward(attended_TE, onto_TO=hidden_TE)
         gate_up_T2F = self._gate_up.forward(self._middle_norm.forward(middle_TE))
-        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-        output_TE = self._down.forward(torch.nn.functional.silu(gate_TF).mul_(up_TF), onto_TO=middle_TE)
+        output_TE = self._down.forward(self._do.gated(gate_up_T2F), onto_TO=middle_TE)
         return output_TE, _Kept(hidden_TE, qkv_TCD, attended_TE, middle_TE, gate_up_T2F, raw_qk_TCD)
 
     def backward(
@@ -140,34 +154,29 @@ class _Layer:
         dattended_TE, out_gradients = self._out.backward(dmiddle_TE, kept.attended_TE)
         assert dattended_TE is not None  # noqa: S101  asked for
         shape = (len(dmiddle_TE), self._heads.query, self._width)
-        dqkv_TCD = attend_backward(
+        dqkv_TCD = self._do.attend_backward(
             dattended_TE.view(shape), kept.attended_TE.view(shape), kept.qkv_TCD, self._heads, layout
         )
         dqk_TCD = dqkv_TCD[:, : self._heads.query + self._heads.key]
-        _rotate(dqk_TCD, rope, back=True)
+        self._do.rotate(dqk_TCD, rope, back=True)
         head_gradients = self._norm_heads_backward(dqk_TCD, kept.raw_qk_TCD)
         normed_TE = self._norm.forward(kept.hidden_TE)
         needed = input_needed or bool(self._norm.parameters)
         dnormed_TE, qkv_gradients = self._qkv.backward(dqkv_TCD.flatten(1), normed_TE, input_needed=needed)
         dhidden_TE, norm_gradients = None, list[torch.Tensor]()
         if dnormed_TE is not None:
-            dhidden_TE, norm_gradients = self._norm.backward(dnormed_TE, kept.hidden_TE)
-            dhidden_TE += dmiddle_TE
+            dhidden_TE, norm_gradients = self._norm.backward(dnormed_TE, kept.hidden_TE, dmiddle_TE)
         return dhidden_TE, [*norm_gradients, *qkv_gradients, *head_gradients, *out_gradients, *mlp_gradients]
 
     def _mlp_backward(self, doutput_TE: torch.Tensor, kept: _Kept) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        gate_TF, up_TF = kept.gate_up_T2F.chunk(2, dim=-1)
-        gated_TF = torch.nn.functional.silu(gate_TF)
-        dproduct_TF, down_gradients = self._down.backward(doutput_TE, gated_TF * up_TF)
+        product_TF = self._do.gated(kept.gate_up_T2F)
+        dproduct_TF, down_gradients = self._down.backward(doutput_TE, product_TF)
         assert dproduct_TF is not None  # noqa: S101  asked for
-        dgate_up_T2F = torch.empty_like(kept.gate_up_T2F)
-        dgate_TF, dup_TF = dgate_up_T2F.chunk(2, dim=-1)
-        torch.mul(dproduct_TF, gated_TF, out=dup_TF)
-        dgate_TF.copy_(torch.ops.aten.silu_backward(dproduct_TF.mul_(up_TF), gate_TF))
+        dgate_up_T2F = self._do.gated_backward(dproduct_TF, kept.gate_up_T2F)
         dnormed_TE, gradients = self._gate_up.backward(dgate_up_T2F, self._middle_norm.forward(kept.middle_TE))
         assert dnormed_TE is not None  # noqa: S101  asked for
-        dmiddle_TE, norm_gradients = self._middle_norm.backward(dnormed_TE, kept.middle_TE)
-        return dmiddle_TE.add_(doutput_TE), [*norm_gradients, *gradients, *down_gradients]
+        dmiddle_TE, norm_gradients = self._middle_norm.backward(dnormed_TE, kept.middle_TE, doutput_TE)
+        return dmiddle_TE, [*norm_gradients, *gradients, *down_gradients]
 
     def _norm_heads(self, qk_TCD: torch.Tensor) -> None:
         for norm, part_TXD in zip(self._head_norms, self._queries_and_keys(qk_TCD), strict=False):
@@ -188,42 +197,27 @@ class _Layer:
 
 
 class _Norm:
-    """RMS norm over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32."""
+    """An RMS norm over the last dimension, and its weight."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, operations: LayerOperations) -> None:
         self._weight_E = module.weight
         self._epsilon = module.variance_epsilon
+        self._do = operations
         self.parameters = [module.weight] if module.weight.requires_grad else []
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         """Return w x / rms(x)."""
-        # The product of narrow numbers and float32 ones is made in float32, without a copy of the narrow ones.
-        return torch.mul(x_TE, self._inverse_rms(x_TE)).to(x_TE.dtype).mul_(self._weight_E.to(x_TE.dtype))
+        return self._do.norm(x_TE, self._weight_E, self._epsilon)
 
-    def backward(self, dy_TE: torch.Tensor, x_TE: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the gradients of the input, (w dy - x̂ mean(x̂ w dy)) / rms, and of the weight where it is trained."""
-        inverse_T1 = self._inverse_rms(x_TE)
-        scaled_TE = torch.mul(x_TE, inverse_T1)
-        gradients = [(dy_TE * scaled_TE).flatten(0, -2).sum(0).to(self._weight_E.dtype) for _ in self.parameters]
-        dscaled_TE = torch.mul(dy_TE, self._weight_E.float())
-        mean_T1 = torch.linalg.vecdot(dscaled_TE, scaled_TE).unsqueeze(-1) / x_TE.shape[-1]
-        return dscaled_TE.addcmul_(scaled_TE, mean_T1, value=-1).mul_(inverse_T1).to(x_TE.dtype), gradients
-
-    def _inverse_rms(self, x_TE: torch.Tensor) -> torch.Tensor:
-        norm_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True, dtype=torch.float32)
-        return norm_T1.square_().div_(x_TE.shape[-1]).add_(self._epsilon).rsqrt_()
-
-
-def _rotate(qk_TCD: torch.Tensor, rope: Rope, *, back: bool = False) -> None:
-    """Rotate queries and keys by their positions, in place (Su et al. 2021, arXiv 2104.09864); ``back`` undoes it."""
-    cos_T1D, sin_T1D = rope
-    first_TCd, second_TCd = qk_TCD.clone().chunk(2, dim=-1)
-    low_T1d, high_T1d = sin_T1D.chunk(2, dim=-1)
-    sign = -1 if back else 1
-    qk_TCD.mul_(cos_T1D)
-    half = qk_TCD.shape[-1] // 2
-    qk_TCD[..., :half].addcmul_(second_TCd, low_T1d, value=-sign)
-    qk_TCD[..., half:].addcmul_(first_TCd, high_T1d, value=sign)
+    def backward(
+        self, dy_TE: torch.Tensor, x_TE: torch.Tensor, onto_TE: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the gradients of the input, added to ``onto``, and of the weight where it is trained."""
+        gradients = []
+        if self.parameters:
+            scaled_TE = torch.mul(x_TE, inverse_rms(x_TE, self._epsilon))
+            gradients = [(dy_TE * scaled_TE).flatten(0, -2).sum(0).to(self._weight_E.dtype)]
+        return self._do.norm_backward(dy_TE, x_TE, self._weight_E, self._epsilon, onto_TE), gradients
 
 
 def _head_norms(attention: Any) -> list[Any]:

@@ -43,30 +43,41 @@ class Block:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The blocks of a row, and the position of every token in its own example."""
+    """The blocks of a row, and the position of every token in its own example.
+
+    ``spans_N4`` has every sequence, the costliest first: its first token, its length, the first token and the length
+    of the prefix that it sees. ``longest_seen`` is how many tokens the last one of a sequence sees at most.
+    """
 
     blocks: tuple[Block, ...]
     positions_T: torch.Tensor
+    spans_N4: torch.Tensor
+    longest_seen: int
 
     @classmethod
     def make(cls, groups: Sequence[Group], device: torch.device) -> RowLayout:
         """Lay out the groups of a row."""
         blocks: list[Block] = []
         positions: list[torch.Tensor] = []
+        sequences: list[tuple[int, int, int, int]] = []
         start = 0
         for group in groups:
             prefix = slice(start, start + group.prefix)
             if group.prefix:
                 blocks.append(_block(slice(start, start), [(start, group.prefix)], device))
                 positions.append(torch.arange(group.prefix))
+                sequences.append((start, group.prefix, start, 0))
             start = prefix.stop
             spans = []
             for length in group.rest_lengths:
                 spans.append((start, length))
                 positions.append(group.prefix + torch.arange(length))
+                sequences.append((start, length, prefix.start, group.prefix))
                 start += length
             blocks += [_block(prefix, alike, device) for alike in _alike(spans)]
-        return cls(tuple(blocks), torch.cat(positions).to(device))
+        sequences.sort(key=lambda sequence: -sequence[1] * (sequence[1] + sequence[3]))
+        longest = max(length + prefix for _, length, _, prefix in sequences)
+        return cls(tuple(blocks), torch.cat(positions).to(device), torch.tensor(sequences), longest)
 
 
 def _alike(spans: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

@@ -57,7 +57,7 @@ class RowModel:
         config = self._inner.config
         self.takes_rows: bool = config._attn_implementation == ATTENTION_NAME
         fused = fused and self.takes_rows and can_fuse(self._decoder)
-        self._fused = FusedDecoder(self._decoder, recompute=recompute) if fused else None
+        self._fused = FusedDecoder(self._decoder, self.dtype, recompute=recompute) if fused else None
         if recompute and self._fused is None:
             enable_recompute(self._inner)
         self._one_by_one = same_positions_up_to(config.to_dict()) < UNBOUNDED

@@ -1,0 +1,91 @@
+"""The operations of a decoder layer between its large matrix products, by torch: forward, and backward by formula.
+
+:class:`~luthier.llm.engine.native_operations.NativeOperations` does the same in one pass each, on a processor.
+
+Names end in their dimensions: T tokens, E model width, F intermediate width, X heads of one kind, C heads of all kinds,
+D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from luthier.llm.engine.row_attention import Heads, attend, attend_backward
+from luthier.llm.engine.row_layout import RowLayout
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""The cosines and sines of each token's angles, (T, 1, D) each, in float32."""
+
+
+class LayerOperations:
+    """What a layer does besides its projections; inputs and outputs are in the type that the layer computes in."""
+
+    def norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Return w x / rms(x) over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+        # The product of narrow numbers and float32 ones is made in float32, without a copy of the narrow ones.
+        scaled_TE = torch.mul(x_TE, inverse_rms(x_TE, epsilon))
+        return scaled_TE.to(x_TE.dtype).mul_(weight_E.to(x_TE.dtype))
+
+    def norm_backward(
+        self,
+        dy_TE: torch.Tensor,
+        x_TE: torch.Tensor,
+        weight_E: torch.Tensor,
+        epsilon: float,
+        onto_TE: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the gradient of the norm's input, (w dy - x̂ mean(x̂ w dy)) / rms, added to ``onto``."""
+        inverse_T1 = inverse_rms(x_TE, epsilon)
+        scaled_TE = torch.mul(x_TE, inverse_T1)
+        dscaled_TE = torch.mul(dy_TE, weight_E.float())
+        mean_T1 = torch.linalg.vecdot(dscaled_TE, scaled_TE).unsqueeze(-1) / x_TE.shape[-1]
+        dx_TE = dscaled_TE.addcmul_(scaled_TE, mean_T1, value=-1).mul_(inverse_T1).to(x_TE.dtype)
+        return dx_TE if onto_TE is None else dx_TE.add_(onto_TE)
+
+    def gated(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) up, (T, F), of the two halves."""
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate_TF).mul_(up_TF)
+
+    def gated_backward(self, dy_TF: torch.Tensor, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of gate and up, (T, 2 F), from that of silu(gate) up; ``dy`` becomes silu(gate) up."""
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        gated_TF = torch.nn.functional.silu(gate_TF)
+        dgate_up_T2F = torch.empty_like(gate_up_T2F)
+        dgate_TF, dup_TF = dgate_up_T2F.chunk(2, dim=-1)
+        torch.mul(dy_TF, gated_TF, out=dup_TF)
+        dgate_TF.copy_(torch.ops.aten.silu_backward(dy_TF.mul_(up_TF), gate_TF))
+        torch.mul(gated_TF, up_TF, out=dy_TF)
+        return dgate_up_T2F
+
+    def rotate(self, heads_TXD: torch.Tensor, rope: Rope, *, back: bool = False) -> None:
+        """Rotate heads by their tokens' positions, in place (Su et al. 2021, arXiv 2104.09864); ``back`` undoes it."""
+        cos_T1D, sin_T1D = (part.to(heads_TXD.dtype) for part in rope)
+        first_TXd, second_TXd = heads_TXD.clone().chunk(2, dim=-1)
+        low_T1d, high_T1d = sin_T1D.chunk(2, dim=-1)
+        sign = -1 if back else 1
+        heads_TXD.mul_(cos_T1D)
+        half = heads_TXD.shape[-1] // 2
+        heads_TXD[..., :half].addcmul_(second_TXd, low_T1d, value=-sign)
+        heads_TXD[..., half:].addcmul_(first_TXd, high_T1d, value=sign)
+
+    def attend(self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tensor:
+        """Return what each query head sees, (T, H, D)."""
+        return attend(qkv_TCD, heads, layout)
+
+    def attend_backward(
+        self,
+        dout_THD: torch.Tensor,
+        out_THD: torch.Tensor,
+        qkv_TCD: torch.Tensor,
+        heads: Heads,
+        layout: RowLayout,
+    ) -> torch.Tensor:
+        """Return the gradient of ``qkv_TCD`` from that of the output."""
+        return attend_backward(dout_THD, out_THD, qkv_TCD, heads, layout)
+
+
+def inverse_rms(x_TE: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return 1 / rms(x) over the last dimension, (T, 1), in float32."""
+    norm_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm_T1.square_().div_(x_TE.shape[-1]).add_(epsilon).rsqrt_()

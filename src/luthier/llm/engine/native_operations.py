@@ -1,0 +1,127 @@
+"""The operations of a decoder layer in one pass each, by ``kernels.c``: torch's calls read and write all numbers each.
+
+What the kernels are not made for (a GPU, widths that are no multiples of 16, numbers that do not lie side by side)
+falls back to torch, operation by operation.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from typing import Any
+
+import torch
+
+from luthier.llm.engine.kernels import find_kernels
+from luthier.llm.engine.layer_operations import LayerOperations, Rope
+from luthier.llm.engine.row_attention import Heads
+from luthier.llm.engine.row_layout import RowLayout
+
+LANES = 16  # as in kernels.c
+LONGEST_SEEN = 1024  # tokens; longer sequences are products large enough for torch's to win
+
+
+def operations_for(dtype: torch.dtype, device: torch.device) -> LayerOperations:
+    """Return the fastest way to compute with such numbers there."""
+    kernels = find_kernels(dtype) if device.type == "cpu" else None
+    return LayerOperations() if kernels is None else NativeOperations(kernels, dtype)
+
+
+class NativeOperations(LayerOperations):
+    """The operations by compiled kernels for numbers of one type."""
+
+    def __init__(self, kernels: CDLL, dtype: torch.dtype) -> None:
+        self._kernels = kernels
+        self._dtype = dtype
+
+    def norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """See :meth:`LayerOperations.norm`."""
+        if not self._take(x_TE):
+            return super().norm(x_TE, weight_E, epsilon)
+        y_TE, weight_E = torch.empty_like(x_TE), weight_E.to(self._dtype)
+        self._run("rms_norm", y_TE, x_TE, weight_E, *x_TE.shape, epsilon)
+        return y_TE
+
+    def norm_backward(
+        self,
+        dy_TE: torch.Tensor,
+        x_TE: torch.Tensor,
+        weight_E: torch.Tensor,
+        epsilon: float,
+        onto_TE: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See :meth:`LayerOperations.norm_backward`."""
+        if onto_TE is None or not self._take(dy_TE, x_TE, onto_TE):
+            return super().norm_backward(dy_TE, x_TE, weight_E, epsilon, onto_TE)
+        dx_TE, weight_E = torch.empty_like(x_TE), weight_E.to(self._dtype)
+        self._run("rms_norm_backward", dx_TE, dy_TE, x_TE, weight_E, onto_TE, *x_TE.shape, epsilon)
+        return dx_TE
+
+    def gated(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """See :meth:`LayerOperations.gated`."""
+        tokens, half = len(gate_up_T2F), gate_up_T2F.shape[-1] // 2
+        if half % LANES or not self._take(gate_up_T2F):
+            return super().gated(gate_up_T2F)
+        y_TF = gate_up_T2F.new_empty(tokens, half)
+        self._run("gated", y_TF, gate_up_T2F, tokens, half)
+        return y_TF
+
+    def gated_backward(self, dy_TF: torch.Tensor, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """See :meth:`LayerOperations.gated_backward`."""
+        if not self._take(dy_TF, gate_up_T2F):
+            return super().gated_backward(dy_TF, gate_up_T2F)
+        dgate_up_T2F = torch.empty_like(gate_up_T2F)
+        self._run("gated_backward", dgate_up_T2F, dy_TF, gate_up_T2F, *dy_TF.shape)
+        return dgate_up_T2F
+
+    def rotate(self, heads_TXD: torch.Tensor, rope: Rope, *, back: bool = False) -> None:
+        """See :meth:`LayerOperations.rotate`."""
+        tokens, count, width = heads_TXD.shape
+        together = heads_TXD.stride()[1:] == (width, 1) and heads_TXD.dtype == self._dtype
+        if width % (2 * LANES) or not together:
+            super().rotate(heads_TXD, rope, back=back)
+            return
+        sign = -1.0 if back else 1.0
+        self._run("rotate", heads_TXD, *rope, tokens, count, heads_TXD.stride(0), width, sign)
+
+    def attend(self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tensor:
+        """See :meth:`LayerOperations.attend`."""
+        if layout.longest_seen > LONGEST_SEEN or not self._take(qkv_TCD):
+            return super().attend(qkv_TCD, heads, layout)
+        out_THD = torch.empty_like(qkv_TCD[:, : heads.query])
+        spans = layout.spans_N4
+        sizes = (len(spans), layout.longest_seen, heads.query, heads.key, qkv_TCD.shape[-1], heads.scale)
+        self._run("attend", out_THD, qkv_TCD, spans, *sizes)
+        return out_THD
+
+    def attend_backward(
+        self,
+        dout_THD: torch.Tensor,
+        out_THD: torch.Tensor,
+        qkv_TCD: torch.Tensor,
+        heads: Heads,
+        layout: RowLayout,
+    ) -> torch.Tensor:
+        """See :meth:`LayerOperations.attend_backward`."""
+        if layout.longest_seen > LONGEST_SEEN or not self._take(dout_THD, out_THD, qkv_TCD):
+            return super().attend_backward(dout_THD, out_THD, qkv_TCD, heads, layout)
+        tokens, _, width = qkv_TCD.shape
+        dqkv_TCD, spans = torch.empty_like(qkv_TCD), layout.spans_N4
+        sums = torch.zeros(torch.get_num_threads(), tokens, 2 * heads.key, width)
+        sizes = (len(spans), layout.longest_seen, tokens, heads.query, heads.key, width, heads.scale)
+        self._run("attend_backward", dqkv_TCD, sums, dout_THD, out_THD, qkv_TCD, spans, *sizes)
+        return dqkv_TCD
+
+    def _take(self, *values: torch.Tensor) -> bool:
+        return all(v.dtype == self._dtype and v.is_contiguous() and v.shape[-1] % LANES == 0 for v in values)
+
+    def _run(self, name: str, *arguments: torch.Tensor | float) -> None:
+        """Call a kernel, which gets the memory of tensors; other threads of Python go on meanwhile."""
+        given = [_argument(argument) for argument in arguments]
+        if getattr(self._kernels, name)(*given, c_int(torch.get_num_threads())):
+            raise MemoryError(f"no memory for {name}")
+
+
+def _argument(value: torch.Tensor | float) -> Any:
+    if isinstance(value, torch.Tensor):
+        return c_void_p(value.data_ptr())
+    return c_int64(value) if isinstance(value, int) else c_float(value)

@@ -1,0 +1,160 @@
+"""The compiled operations give what torch's give, in any layout and with any number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.llm.engine.kernels import find_kernels
+from luthier.llm.engine.layer_operations import LayerOperations
+from luthier.llm.engine.native_operations import LONGEST_SEEN, NativeOperations, operations_for
+from luthier.llm.engine.row_attention import Heads
+from luthier.llm.engine.row_layout import RowLayout
+from luthier.llm.rows import Group
+
+CPU = torch.device("cpu")
+TORCH = LayerOperations()
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # bfloat16 keeps 8 bits, torch rounds on the way
+LAYOUTS = {
+    "one token": [Group(0, (1,))],
+    "short and long": [Group(0, (5, 70, 33))],
+    "a shared prefix": [Group(27, (37, 30, 17, 17, 1))],
+    "two prefixes": [Group(16, (3, 15)), Group(0, (9,)), Group(1, (64, 2))],
+    "pieces": [Group(40, (300,)), Group(0, (257,))],
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def native(dtype: torch.dtype) -> NativeOperations:
+    found = operations_for(dtype, CPU)
+    if not isinstance(found, NativeOperations):
+        pytest.skip("no C compiler here")
+    return found
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    assert float((found.float() - exact).norm()) <= TOLERANCE[dtype] * float(exact.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("width", [16, 48, 576])
+def test_norms(native: NativeOperations, dtype: torch.dtype, threads: int, width: int) -> None:
+    x, dy, onto = (numbers(37, width, dtype=dtype, seed=seed) for seed in range(3))
+    weight = numbers(width, dtype=torch.float32, seed=4) * 0.3 + 0.5
+    exact = weight.to(dtype).float()
+    assert_close(native.norm(x, weight, 1e-5), TORCH.norm(x.float(), exact, 1e-5), dtype)
+    found = native.norm_backward(dy, x, weight, 1e-5, onto)
+    assert_close(found, TORCH.norm_backward(dy.float(), x.float(), exact, 1e-5, onto.float()), dtype)
+
+
+def test_the_gate(native: NativeOperations, dtype: torch.dtype, threads: int) -> None:
+    gate_up, dy = numbers(37, 160, dtype=dtype) * 4, numbers(37, 80, dtype=dtype, seed=1)
+    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -90.0])
+    exact, exact_dy = gate_up.float(), dy.float().clone()
+    assert_close(native.gated(gate_up), TORCH.gated(exact), dtype)
+    assert_close(native.gated_backward(dy, gate_up), TORCH.gated_backward(exact_dy, exact), dtype)
+    assert_close(dy, exact_dy, dtype)
+
+
+def test_rotation_there_and_back(native: NativeOperations, dtype: torch.dtype, threads: int) -> None:
+    qkv = numbers(29, 10, 64, dtype=dtype)
+    angles = numbers(29, 1, 32, dtype=torch.float32, seed=1).repeat(1, 1, 2)
+    rope = (angles.cos(), angles.sin())
+    before, exact = qkv.clone(), qkv.float().clone()
+    native.rotate(qkv[:, :7], rope)
+    TORCH.rotate(exact[:, :7], rope)
+    assert_close(qkv, exact, dtype)
+    assert torch.equal(qkv[:, 7:], before[:, 7:])
+    native.rotate(qkv[:, :7], rope, back=True)
+    assert_close(qkv, before.float(), dtype)
+
+
+@pytest.mark.parametrize("heads", [Heads(6, 2, 0.2), Heads(4, 4, 0.3), Heads(9, 3, 0.125)], ids=["6:2", "4:4", "9:3"])
+@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+def test_attention(
+    native: NativeOperations, dtype: torch.dtype, threads: int, groups: list[Group], heads: Heads
+) -> None:
+    layout = RowLayout.make(groups, CPU)
+    tokens = len(layout.positions_T)
+    qkv = numbers(tokens, heads.query + 2 * heads.key, 32, dtype=dtype)
+    dout = numbers(tokens, heads.query, 32, dtype=dtype, seed=1)
+    out = native.attend(qkv, heads, layout)
+    exact = TORCH.attend(qkv.float(), heads, layout)
+    assert_close(out, exact, dtype)
+    found = native.attend_backward(dout, out, qkv, heads, layout)
+    assert_close(found, TORCH.attend_backward(dout.float(), exact, qkv.float(), heads, layout), dtype)
+    assert torch.equal(found, native.attend_backward(dout, out, qkv, heads, layout)), "a second run differs"
+
+
+def test_a_number_that_is_none_is_passed_on(native: NativeOperations, dtype: torch.dtype) -> None:
+    layout = RowLayout.make([Group(0, (20,))], CPU)
+    qkv = numbers(20, 4, 32, dtype=dtype)
+    qkv[7, 2, 3] = torch.nan  # of a key: those before it do not see it
+    out = native.attend(qkv, Heads(2, 1, 0.2), layout)
+    assert out[:7].isfinite().all()
+    assert out[7:].isnan().all()
+    gate_up = numbers(3, 32, dtype=dtype)
+    gate_up[1, 5] = torch.nan
+    assert native.gated(gate_up).isnan().nonzero().tolist() == [[1, 5]]
+    assert native.norm(gate_up, torch.ones(32), 1e-5).isnan().all(1).tolist() == [False, True, False]
+
+
+def test_what_the_kernels_are_not_made_for_goes_to_torch(native: NativeOperations, dtype: torch.dtype) -> None:
+    odd = numbers(5, 24, dtype=dtype)
+    assert_close(native.norm(odd, torch.ones(24), 1e-5), TORCH.norm(odd.float(), torch.ones(24), 1e-5), dtype)
+    turned = numbers(32, 5, dtype=dtype).T
+    assert_close(native.gated(turned), TORCH.gated(turned.float()), dtype)
+    layout = RowLayout.make([Group(0, (LONGEST_SEEN + 1,))], CPU)
+    qkv = numbers(LONGEST_SEEN + 1, 3, 16, dtype=dtype)
+    heads = Heads(1, 1, 0.3)
+    assert_close(native.attend(qkv, heads, layout), TORCH.attend(qkv.float(), heads, layout), dtype)
+
+
+def test_other_types_and_machines_without_a_compiler_go_to_torch(tmp_path: Path) -> None:
+    assert type(operations_for(torch.float16, CPU)) is LayerOperations
+    assert find_kernels(torch.float16) is None
+    ask = "import torch; from luthier.llm.engine.kernels import find_kernels; print(find_kernels(torch.float32))"
+    environment: dict[str, Any] = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    for compiler in ("false", str(tmp_path / "none")):
+        command = [sys.executable, "-c", ask]
+        said = subprocess.run(command, env=environment | {"CC": compiler}, capture_output=True, text=True, check=True)
+        assert said.stdout == "None\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(find_kernels(torch.float32) is None, reason="no C compiler here")
+def test_kernels_are_compiled_once(tmp_path: Path) -> None:
+    ask = "import torch; from luthier.llm.engine.kernels import find_kernels; print(find_kernels(torch.float32)._name)"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", ask]
+    names = [
+        Path(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip())
+        for _ in range(2)
+    ]
+    assert names[0].name == "kernels.so"
+    assert not names[0].exists()
+    assert names[1] == next(tmp_path.rglob("*.so"))
