@@ -7,13 +7,13 @@ the residual sums ride on the products, and frozen layers below the lowest train
 those of transformers' own modules (``tests/llm/test_fused_decoder.py``).
 
 Names end in their dimensions: T tokens, E model width, F intermediate width, H query heads, K key heads, D head width,
-C = H + 2 K.
+C = H + 2 K; R rank of the adapters of a projection; M those tokens whose last hidden states are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -56,58 +56,80 @@ class FusedDecoder:
         found = operations or operations_for(dtype, next(decoder.parameters()).device)
         self._layers = [_Layer(block, found, recompute=recompute) for block in decoder.layers]
 
-    def forward(self, hidden_TE: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-        """Return the decoder's last hidden states (T, E), after its final norm, from the embeddings of a row."""
-        cos_1TD, sin_1TD = self._decoder.rotary_emb(
-            hidden_TE.new_empty(0, dtype=torch.float32), layout.positions_T[None]
-        )
+    def forward(self, hidden_TE: torch.Tensor, layout: RowLayout, at_M: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the decoder's last hidden states, after its final norm, from the embeddings of a row.
+
+        With ``at`` they are those of some tokens alone, (M, E): the last layer computes nothing else behind attention.
+        """
+        exact_0 = hidden_TE.new_empty(0, dtype=torch.float32)  # the angles come in the type of what is given
+        cos_1TD, sin_1TD = self._decoder.rotary_emb(exact_0, layout.positions_T[None])
         rope = (cos_1TD[0, :, None], sin_1TD[0, :, None])
         for layer in self._layers:
+            place = _Place(layout, rope, at_M if layer is self._layers[-1] else None)
             if torch.is_grad_enabled() and (layer.parameters or hidden_TE.requires_grad):
-                hidden_TE = _LayerFunction.apply(hidden_TE, layer, layout, rope, *layer.parameters)
+                hidden_TE = _LayerFunction.apply(hidden_TE, layer, place, *layer.parameters)
             else:
-                hidden_TE = layer.forward(hidden_TE, layout, rope)[0]
+                hidden_TE = layer.forward(hidden_TE, place)[0]
         normed_TE: torch.Tensor = self._decoder.norm(hidden_TE)
         return normed_TE.to(hidden_TE.dtype)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer's tokens stand, and at which of them its outputs are wanted (None: at all)."""
+
+    layout: RowLayout
+    rope: Rope
+    at_M: torch.Tensor | None
+
+    def pick(self, values_TX: torch.Tensor) -> torch.Tensor:
+        """Return the values of the tokens whose outputs are wanted."""
+        return values_TX if self.at_M is None else values_TX.index_select(0, self.at_M)
+
+    def spread(self, gradients_MX: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of all tokens from those of the wanted ones."""
+        if self.at_M is None:
+            return gradients_MX
+        gradients_TX = gradients_MX.new_zeros(len(self.layout.positions_T), gradients_MX.shape[-1])
+        return gradients_TX.index_add_(0, self.at_M, gradients_MX)
+
+
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TE: torch.Tensor, layer: _Layer, layout: RowLayout, rope: Rope, *_: torch.Tensor
-    ) -> torch.Tensor:
-        output_TE, kept = layer.forward(hidden_TE, layout, rope)
+    def forward(ctx: Any, hidden_TE: torch.Tensor, layer: _Layer, place: _Place, *_: torch.Tensor) -> torch.Tensor:
+        output_TE, kept = layer.forward(hidden_TE, place)
         ctx.save_for_backward(*([hidden_TE] if layer.recompute else kept.tensors()))
-        ctx.layer, ctx.layout, ctx.rope = layer, layout, rope
+        ctx.layer, ctx.place = layer, place
         return output_TE
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer = ctx.layer
-        if layer.recompute:
-            kept = layer.forward(ctx.saved_tensors[0], ctx.layout, ctx.rope)[1]
-        else:
-            kept = _Kept(*ctx.saved_tensors)
-        dhidden_TE, trained = layer.backward(
-            gradients[0], kept, ctx.layout, ctx.rope, input_needed=ctx.needs_input_grad[0]
-        )
-        return dhidden_TE, None, None, None, *trained
+        kept = layer.forward(*ctx.saved_tensors, ctx.place)[1] if layer.recompute else _Kept(*ctx.saved_tensors)
+        dhidden_TE, trained = layer.backward(gradients[0], kept, ctx.place, input_needed=ctx.needs_input_grad[0])
+        return dhidden_TE, None, None, *trained
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the backward pass of a layer needs. ``raw_qk`` is None where the heads are not normed."""
+    """What the backward pass of a layer needs. ``raw_qk`` is None where the heads are not normed.
+
+    ``low`` are what each projection's adapter makes of its input first, None without one.
+    """
 
     hidden_TE: torch.Tensor
     qkv_TCD: torch.Tensor
     attended_TE: torch.Tensor
-    middle_TE: torch.Tensor
-    gate_up_T2F: torch.Tensor
-    raw_qk_TCD: torch.Tensor | None = None
+    middle_ME: torch.Tensor
+    gate_up_M2F: torch.Tensor
+    raw_qk_TCD: torch.Tensor | None
+    qkv_low_TR: torch.Tensor | None
+    out_low_MR: torch.Tensor | None
+    gate_up_low_MR: torch.Tensor | None
+    down_low_MR: torch.Tensor | None
 
-    def tensors(self) -> list[torch.Tensor]:
-        found = [self.hidden_TE, self.qkv_TCD, self.attended_TE, self.middle_TE, self.gate_up_T2F]
-        return found if self.raw_qk_TCD is None else [*found, self.raw_qk_TCD]
+    def tensors(self) -> list[torch.Tensor | None]:
+        return [getattr(self, one.name) for one in fields(self)]
 
 
 class _Layer:
@@ -133,50 +155,55 @@ class _Layer:
         parts = [*first, self._middle_norm, self._gate_up, self._down]
         self.parameters = [parameter for part in parts for parameter in part.parameters]
 
-    def forward(self, hidden_TE: torch.Tensor, layout: RowLayout, rope: Rope) -> tuple[torch.Tensor, _Kept]:
+    def forward(self, hidden_TE: torch.Tensor, place: _Place) -> tuple[torch.Tensor, _Kept]:
         """Return the layer's output, and what its backward pass needs."""
-        qkv_TCD = self._qkv.forward(self._norm.forward(hidden_TE)).view(len(hidden_TE), -1, self._width)
+        qkv_TX, qkv_low_TR = self._qkv.forward(self._norm.forward(hidden_TE))
+        qkv_TCD = qkv_TX.view(len(hidden_TE), -1, self._width)
         qk_TCD = qkv_TCD[:, : self._heads.query + self._heads.key]
         raw_qk_TCD = qk_TCD.clone() if self._head_norms else None
         self._norm_heads(qk_TCD)
-        self._do.rotate(qk_TCD, rope)
-        attended_TE = self._do.attend(qkv_TCD, self._heads, layout).flatten(1)
-        middle_TE = self._out.forward(attended_TE, onto_TO=hidden_TE)
-        gate_up_T2F = self._gate_up.forward(self._middle_norm.forward(middle_TE))
-        output_TE = self._down.forward(self._do.gated(gate_up_T2F), onto_TO=middle_TE)
-        return output_TE, _Kept(hidden_TE, qkv_TCD, attended_TE, middle_TE, gate_up_T2F, raw_qk_TCD)
+        self._do.rotate(qk_TCD, place.rope)
+        attended_TE = self._do.attend(qkv_TCD, self._heads, place.layout).flatten(1)
+        middle_ME, out_low_MR = self._out.forward(place.pick(attended_TE), onto_TO=place.pick(hidden_TE))
+        gate_up_M2F, gate_up_low_MR = self._gate_up.forward(self._middle_norm.forward(middle_ME))
+        output_ME, down_low_MR = self._down.forward(self._do.gated(gate_up_M2F), onto_TO=middle_ME)
+        kept = (hidden_TE, qkv_TCD, attended_TE, middle_ME, gate_up_M2F, raw_qk_TCD)
+        return output_ME, _Kept(*kept, qkv_low_TR, out_low_MR, gate_up_low_MR, down_low_MR)
 
     def backward(
-        self, doutput_TE: torch.Tensor, kept: _Kept, layout: RowLayout, rope: Rope, *, input_needed: bool
+        self, doutput_ME: torch.Tensor, kept: _Kept, place: _Place, *, input_needed: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Return the gradients of the layer's input and of ``parameters``."""
-        dmiddle_TE, mlp_gradients = self._mlp_backward(doutput_TE, kept)
-        dattended_TE, out_gradients = self._out.backward(dmiddle_TE, kept.attended_TE)
-        assert dattended_TE is not None  # noqa: S101  asked for
-        shape = (len(dmiddle_TE), self._heads.query, self._width)
-        dqkv_TCD = self._do.attend_backward(
-            dattended_TE.view(shape), kept.attended_TE.view(shape), kept.qkv_TCD, self._heads, layout
-        )
+        dmiddle_ME, mlp_gradients = self._mlp_backward(doutput_ME, kept)
+        attended_ME = place.pick(kept.attended_TE)
+        dattended_ME, out_gradients = self._out.backward(dmiddle_ME, attended_ME, kept.out_low_MR)
+        assert dattended_ME is not None  # noqa: S101  asked for
+        shape = (len(kept.hidden_TE), self._heads.query, self._width)
+        dattended_THD, attended_THD = place.spread(dattended_ME).view(shape), kept.attended_TE.view(shape)
+        dqkv_TCD = self._do.attend_backward(dattended_THD, attended_THD, kept.qkv_TCD, self._heads, place.layout)
         dqk_TCD = dqkv_TCD[:, : self._heads.query + self._heads.key]
-        self._do.rotate(dqk_TCD, rope, back=True)
+        self._do.rotate(dqk_TCD, place.rope, back=True)
         head_gradients = self._norm_heads_backward(dqk_TCD, kept.raw_qk_TCD)
         normed_TE = self._norm.forward(kept.hidden_TE)
         needed = input_needed or bool(self._norm.parameters)
-        dnormed_TE, qkv_gradients = self._qkv.backward(dqkv_TCD.flatten(1), normed_TE, input_needed=needed)
+        dnormed_TE, qkv_gradients = self._qkv.backward(
+            dqkv_TCD.flatten(1), normed_TE, kept.qkv_low_TR, input_needed=needed
+        )
         dhidden_TE, norm_gradients = None, list[torch.Tensor]()
         if dnormed_TE is not None:
-            dhidden_TE, norm_gradients = self._norm.backward(dnormed_TE, kept.hidden_TE, dmiddle_TE)
+            dhidden_TE, norm_gradients = self._norm.backward(dnormed_TE, kept.hidden_TE, place.spread(dmiddle_ME))
         return dhidden_TE, [*norm_gradients, *qkv_gradients, *head_gradients, *out_gradients, *mlp_gradients]
 
-    def _mlp_backward(self, doutput_TE: torch.Tensor, kept: _Kept) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        product_TF = self._do.gated(kept.gate_up_T2F)
-        dproduct_TF, down_gradients = self._down.backward(doutput_TE, product_TF)
-        assert dproduct_TF is not None  # noqa: S101  asked for
-        dgate_up_T2F = self._do.gated_backward(dproduct_TF, kept.gate_up_T2F)
-        dnormed_TE, gradients = self._gate_up.backward(dgate_up_T2F, self._middle_norm.forward(kept.middle_TE))
-        assert dnormed_TE is not None  # noqa: S101  asked for
-        dmiddle_TE, norm_gradients = self._middle_norm.backward(dnormed_TE, kept.middle_TE, doutput_TE)
-        return dmiddle_TE, [*norm_gradients, *gradients, *down_gradients]
+    def _mlp_backward(self, doutput_ME: torch.Tensor, kept: _Kept) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        product_MF = self._do.gated(kept.gate_up_M2F)
+        dproduct_MF, down_gradients = self._down.backward(doutput_ME, product_MF, kept.down_low_MR)
+        assert dproduct_MF is not None  # noqa: S101  asked for
+        dgate_up_M2F = self._do.gated_backward(dproduct_MF, kept.gate_up_M2F)
+        normed_ME = self._middle_norm.forward(kept.middle_ME)
+        dnormed_ME, gradients = self._gate_up.backward(dgate_up_M2F, normed_ME, kept.gate_up_low_MR)
+        assert dnormed_ME is not None  # noqa: S101  asked for
+        dmiddle_ME, norm_gradients = self._middle_norm.backward(dnormed_ME, kept.middle_ME, doutput_ME)
+        return dmiddle_ME, [*norm_gradients, *gradients, *down_gradients]
 
     def _norm_heads(self, qk_TCD: torch.Tensor) -> None:
         for norm, part_TXD in zip(self._head_norms, self._queries_and_keys(qk_TCD), strict=False):

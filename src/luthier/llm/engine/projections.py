@@ -31,6 +31,11 @@ class _Part:
     scale: float = 1.0
     ranks: slice | None = None
 
+    @property
+    def is_learning(self) -> bool:
+        """Whether its adapter is trained."""
+        return self.down_RI is not None and self.down_RI.requires_grad
+
 
 class Projection:
     """Linear layers over one input. ``parameters`` are those that are trained, in the order of :meth:`backward`."""
@@ -38,10 +43,14 @@ class Projection:
     def __init__(self, layers: Sequence[Any]) -> None:
         self._parts = list(_parts(layers))
         self._fused_OI = _fuse([part.linear for part in self._parts])
+        self._ranks = sum(len(part.down_RI) for part in self._parts if part.down_RI is not None)
+        self._learns = any(part.is_learning for part in self._parts)
         self.parameters = [parameter for part in self._parts for parameter in _trained(part)]
 
-    def forward(self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the outputs (T, O); with ``onto`` they are added to it."""
+    def forward(
+        self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the outputs (T, O), added to ``onto`` where it is given, and x A' (T, R) for the backward pass."""
         weight_OI, bias = self._weight(x_TI.dtype), self._bias(x_TI.dtype)
         if onto_TO is None:
             y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias)
@@ -49,22 +58,22 @@ class Projection:
             y_TO = torch.addmm(onto_TO, x_TI, weight_OI.T)
             if bias is not None:
                 y_TO += bias
-        low_TR = self._low(x_TI)
-        for part in self._parts:
-            if part.up_OR is not None and low_TR is not None:
-                up_RO = part.up_OR.to(x_TI.dtype).T
-                y_TO[:, part.outputs].addmm_(low_TR[:, part.ranks], up_RO, alpha=part.scale)
-        return y_TO
+        if not self._ranks:
+            return y_TO, None
+        low_TR = x_TI @ self._down(x_TI.dtype).T
+        return y_TO.addmm_(low_TR, self._up(x_TI.dtype).T), low_TR
 
     def backward(
-        self, dy_TO: torch.Tensor, x_TI: torch.Tensor, *, input_needed: bool = True
+        self, dy_TO: torch.Tensor, x_TI: torch.Tensor, low_TR: torch.Tensor | None, *, input_needed: bool = True
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Return the gradients of the input (None where it is not needed) and of ``parameters``."""
-        low_TR = self._low(x_TI)
-        dlow_TR = None if low_TR is None else torch.empty_like(low_TR)
+        dlow_TR = None if low_TR is None else dy_TO @ self._up(dy_TO.dtype)
+        ddown_RI = dup_OR = None
+        if low_TR is not None and dlow_TR is not None and self._learns:
+            ddown_RI, dup_OR = dlow_TR.T @ x_TI, dy_TO.T @ low_TR
         gradients: list[torch.Tensor] = []
         for part in self._parts:
-            gradients += self._part_gradients(part, dy_TO[:, part.outputs], x_TI, low_TR, dlow_TR)
+            gradients += self._part_gradients(part, dy_TO, x_TI, ddown_RI, dup_OR)
         if not input_needed:
             return None, gradients
         dx_TI = dy_TO @ self._weight(dy_TO.dtype)
@@ -72,25 +81,23 @@ class Projection:
             dx_TI.addmm_(dlow_TR, self._down(x_TI.dtype))
         return dx_TI, gradients
 
+    @staticmethod
     def _part_gradients(
-        self,
         part: _Part,
         dy_TO: torch.Tensor,
         x_TI: torch.Tensor,
-        low_TR: torch.Tensor | None,
-        dlow_TR: torch.Tensor | None,
+        ddown_RI: torch.Tensor | None,
+        dup_OR: torch.Tensor | None,
     ) -> Iterator[torch.Tensor]:
+        dy_TO = dy_TO[:, part.outputs]
         if _is_trained(part.linear):
             yield (dy_TO.T @ x_TI).to(part.linear.weight.dtype)
         if part.linear.bias is not None and part.linear.bias.requires_grad:
             yield dy_TO.sum(0).to(part.linear.bias.dtype)
-        if part.down_RI is None or part.up_OR is None or low_TR is None or dlow_TR is None:
+        if part.down_RI is None or part.up_OR is None or ddown_RI is None or dup_OR is None or not part.is_learning:
             return
-        mine_TR = (dy_TO @ part.up_OR.to(x_TI.dtype)).mul_(part.scale)
-        dlow_TR[:, part.ranks] = mine_TR
-        if part.down_RI.requires_grad:
-            yield (mine_TR.T @ x_TI).to(part.down_RI.dtype)
-            yield (dy_TO.T @ low_TR[:, part.ranks]).mul_(part.scale).to(part.up_OR.dtype)
+        yield ddown_RI[part.ranks].to(part.down_RI.dtype)
+        yield dup_OR[part.outputs, part.ranks].to(part.up_OR.dtype).mul_(part.scale)
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
         if self._fused_OI is not None:
@@ -105,10 +112,18 @@ class Projection:
     def _down(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.cat([part.down_RI for part in self._parts if part.down_RI is not None]).to(dtype)
 
-    def _low(self, x_TI: torch.Tensor) -> torch.Tensor | None:
-        if all(part.down_RI is None for part in self._parts):
-            return None
-        return x_TI @ self._down(x_TI.dtype).T
+    def _up(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return s B of all layers, (O, R): each has its own rows and columns, and zeros are elsewhere."""
+        if len(self._parts) == 1:
+            (part,) = self._parts
+            assert part.up_OR is not None  # noqa: S101  has ranks
+            return part.up_OR.mul(part.scale).to(dtype)
+        outputs = self._parts[-1].outputs.stop
+        ups = [(part, part.up_OR) for part in self._parts if part.up_OR is not None]
+        up_OR = ups[0][1].new_zeros(outputs, self._ranks, dtype=dtype)
+        for part, own_OR in ups:
+            torch.mul(own_OR, part.scale, out=up_OR[part.outputs, part.ranks])
+        return up_OR
 
 
 def can_project(layer: Any) -> bool:
@@ -147,7 +162,7 @@ def _trained(part: _Part) -> Iterator[torch.nn.Parameter]:
         yield part.linear.weight
     if part.linear.bias is not None and part.linear.bias.requires_grad:
         yield part.linear.bias
-    if part.down_RI is not None and part.up_OR is not None and part.down_RI.requires_grad:
+    if part.down_RI is not None and part.up_OR is not None and part.is_learning:
         yield part.down_RI
         yield part.up_OR
 

@@ -69,26 +69,32 @@ class RowModel:
         """Whether the layers run as fused functions."""
         return self._fused is not None
 
-    def hidden(self, row: Row, noise: Noise | None = None) -> torch.Tensor:
-        """Return the last hidden states (T, E) of a row, after the final norm."""
+    def hidden(self, row: Row, at: Sequence[int], noise: Noise | None = None) -> torch.Tensor:
+        """Return the last hidden states, after the final norm, of the tokens ``at`` some places of a row, (M, E)."""
+        at_M = torch.tensor(at, device=self.device)
+        if self._fused is None:
+            return self._hidden_unfused(row, noise).to(self.dtype).index_select(0, at_M)
+        return self._fused.forward(self._embedded(row, noise), RowLayout.make(row.groups, self.device), at_M)
+
+    def _hidden_unfused(self, row: Row, noise: Noise | None) -> torch.Tensor:
+        """Return the last hidden states of all tokens, (T, E)."""
         if not self.takes_rows:
-            return self._hidden_apart(row, noise).to(self.dtype)
+            return self._hidden_apart(row, noise)
         layout = RowLayout.make(row.groups, self.device)
         embedded_TE = self._embedded(row, noise)
-        if self._fused is not None:
-            return self._fused.forward(embedded_TE, layout)
         positions_1T = layout.positions_T[None]
         with autocast(self.dtype, self.device):
             states = self._decoder(
                 inputs_embeds=embedded_TE[None], position_ids=positions_1T, use_cache=False, layout=layout
             )
         hidden_TE: torch.Tensor = states[0][0]
-        return hidden_TE.to(self.dtype)
+        return hidden_TE
 
     def targets(self, row: Row, label_smoothing: float = 0.0, noise: Noise | None = None) -> Targets:
         """Return the log-probabilities of a row's targets, (M,), with gradient, and the tokens chosen instead."""
-        sources_M, targets_M = torch.tensor(row.targets, device=self.device).T
-        hidden_ME = self.hidden(row, noise).index_select(0, sources_M)
+        sources, targets = zip(*row.targets, strict=True)
+        hidden_ME = self.hidden(row, sources, noise)
+        targets_M = torch.tensor(targets, device=self.device)
         return target_logprobs(hidden_ME, Head.of(self._inner), targets_M, label_smoothing)
 
     def batches(
@@ -102,7 +108,7 @@ class RowModel:
 
     def row_outputs(self, row: Row) -> torch.Tensor:
         """Return the outputs of the score head at each example's last token, (N, outputs), in float32."""
-        hidden_NE = self.hidden(row).index_select(0, torch.tensor(row.ends, device=self.device))
+        hidden_NE = self.hidden(row, row.ends)
         score = self._inner.score
         return score(hidden_NE.to(next(score.parameters()).dtype)).float()
 
@@ -145,7 +151,7 @@ class RowModel:
         (row,) = pack([TokenizedExample("", text, [True] * len(text)) for text in texts], 0, sum(CHECKED_LENGTHS))
         writes = self._inner.get_output_embeddings() is not None
         with torch.no_grad():
-            found = self.targets(row).logprobs_M if writes else self.hidden(row)
+            found = self.targets(row).logprobs_M if writes else self.hidden(row, range(len(row.tokens)))
             expected = torch.cat([self._by_itself(texts[index], writes=writes) for index in row.examples])
         tolerance = CHECK_TOLERANCE if self.dtype == torch.float32 else ROUGH_TOLERANCE
         if float((found - expected).norm()) > tolerance * float(expected.norm()):
