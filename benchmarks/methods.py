@@ -169,7 +169,7 @@ def run(store: Store, name: str, data: Path, folder: Path) -> dict[str, Any]:
         TrainRequest(base=trial.base, dataset=dataset.reference, template=template, suffix=name, options=config),
         lambda event: history.append(event.data) if event.type == "metrics" else None,
     )
-    result = model.result
+    result = model.training
     validated = [step for step in history if step.get("valid_loss") is not None]
     counts = _counts(rows)
     return {
