@@ -14,7 +14,7 @@ import torch
 
 from luthier.llm.engine.kernels import find_kernels
 from luthier.llm.engine.layer_operations import LayerOperations
-from luthier.llm.engine.native_operations import LONGEST_SEEN, NativeOperations, operations_for
+from luthier.llm.engine.native_operations import NativeOperations, log_softmax_in_place, operations_for
 from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
 from luthier.llm.rows import Group
@@ -110,6 +110,22 @@ def test_attention(
     assert torch.equal(found, native.attend_backward(dout, out, qkv, heads, layout)), "a second run differs"
 
 
+def test_log_softmax_and_its_gradient(native: NativeOperations, dtype: torch.dtype, threads: int) -> None:
+    logits = numbers(7, 320, dtype=dtype) * 6
+    logits[2, 5] = logits[2, 300] = 50.0  # of two that are equal, the first
+    targets = torch.tensor([0, 319, 300, 17, 16, 15, 100])
+    exact = logits.float().clone().requires_grad_(True)
+    expected = exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected.sum().backward()
+    before = logits.clone()
+    found, chosen = native.log_softmax(logits, targets, gradient=False) or (None, None)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(chosen, exact.argmax(-1))
+    native.log_softmax(logits, targets, gradient=True)
+    assert_close(logits, exact.grad, dtype)
+
+
 def test_a_number_that_is_none_is_passed_on(native: NativeOperations, dtype: torch.dtype) -> None:
     layout = RowLayout.make([Group(0, (20,))], CPU)
     qkv = numbers(20, 4, 32, dtype=dtype)
@@ -119,6 +135,10 @@ def test_a_number_that_is_none_is_passed_on(native: NativeOperations, dtype: tor
     assert out[7:].isnan().all()
     gate_up = numbers(3, 32, dtype=dtype)
     gate_up[1, 5] = torch.nan
+    logits = numbers(3, 32, dtype=dtype)
+    logits[1, 30] = torch.nan
+    logprobs, _ = native.log_softmax(logits, torch.tensor([1, 2, 3]), gradient=True) or (None, None)
+    assert logprobs.isnan().tolist() == [False, True, False]
     assert native.gated(gate_up).isnan().nonzero().tolist() == [[1, 5]]
     assert native.norm(gate_up, torch.ones(32), 1e-5).isnan().all(1).tolist() == [False, True, False]
 
@@ -128,10 +148,8 @@ def test_what_the_kernels_are_not_made_for_goes_to_torch(native: NativeOperation
     assert_close(native.norm(odd, torch.ones(24), 1e-5), TORCH.norm(odd.float(), torch.ones(24), 1e-5), dtype)
     turned = numbers(32, 5, dtype=dtype).T
     assert_close(native.gated(turned), TORCH.gated(turned.float()), dtype)
-    layout = RowLayout.make([Group(0, (LONGEST_SEEN + 1,))], CPU)
-    qkv = numbers(LONGEST_SEEN + 1, 3, 16, dtype=dtype)
-    heads = Heads(1, 1, 0.3)
-    assert_close(native.attend(qkv, heads, layout), TORCH.attend(qkv.float(), heads, layout), dtype)
+    assert log_softmax_in_place(odd, torch.zeros(5, dtype=torch.int64), gradient=True) is None
+    assert log_softmax_in_place(odd.to(torch.float16), torch.zeros(5, dtype=torch.int64), gradient=True) is None
 
 
 def test_other_types_and_machines_without_a_compiler_go_to_torch(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #define THREAD omp_get_thread_num()
@@ -55,11 +58,12 @@ INLINE vector read(const number *from)
     return (vector)(__builtin_convertvector(found, integers) << 16);
 }
 
+/* The upper half has the nearest bfloat16, of two the even one. */
+INLINE integers rounded(vector values) { return (integers)values + 0x7fff + ((integers)values >> 16 & 1); }
+
 INLINE void write(number *to, vector values)
 {
-    integers bits = (integers)values; /* to the nearest, ties to the even one */
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    halves found = __builtin_convertvector(bits, halves);
+    halves found = __builtin_convertvector(rounded(values) >> 16, halves);
     memcpy(to, &found, sizeof found);
 }
 #else
@@ -196,9 +200,43 @@ int rotate(number *heads, const float *cosine, const float *sine, int64_t tokens
     return 0;
 }
 
-/* c (rows, vectors x LANES) = [c +] a b, with a[r, k] at a[r * across + k * along]; sizes are known when compiled. */
-INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, const float *a, int64_t across,
-                 int64_t along, const float *b, int64_t b_stride, int64_t inner, int add)
+/* Operands of products: where the processor multiplies pairs of bfloat16 and adds them in float32, they are such pairs
+ * along the inner dimension (PAIR 2), each a word of 32 bits; elsewhere the words are float32 (PAIR 1). Left operands
+ * are rows of `narrow` numbers, right ones rows of words. */
+#if NUMBER_BITS == 16 && defined(__AVX512BF16__)
+#define PAIR 2
+typedef uint16_t narrow;
+
+INLINE vector multiply_add(vector sums, int32_t left, vector right)
+{
+    return (vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)((integers){0} + left), (__m512bh)right);
+}
+
+INLINE int32_t word(const narrow *from)
+{
+    int32_t found;
+    memcpy(&found, from, sizeof found);
+    return found;
+}
+
+INLINE void narrow_down(narrow *to, vector values) { write(to, values); }
+
+INLINE vector join(vector even, vector odd) /* words of two rows: the even one's number is the lower half */
+{
+    return (vector)((rounded(even) >> 16 & 0xffff) | (rounded(odd) & (int32_t)0xffff0000));
+}
+#else
+#define PAIR 1
+typedef float narrow;
+
+INLINE vector multiply_add(vector sums, float left, vector right) { return sums + left * right; }
+INLINE float word(const narrow *from) { return *from; }
+INLINE void narrow_down(narrow *to, vector values) { store(to, values); }
+#endif
+
+/* c (rows, vectors x LANES) = [c +] a b, over `inner` words; the sizes of the tile are known when this is compiled. */
+INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, const narrow *a, int64_t a_stride,
+                 const float *b, int64_t b_stride, int64_t inner, int add)
 {
     vector sums[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
@@ -210,11 +248,10 @@ INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, 
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) right[v] = load(b + k * b_stride + v * LANES);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            float left = a[r * across + k * along];
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) sums[r][v] += left * right[v];
-        }
+            for (int v = 0; v < vectors; v++)
+                sums[r][v] = multiply_add(sums[r][v], word(a + r * a_stride + k * PAIR), right[v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -224,7 +261,7 @@ INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, 
 
 #define TILE(ROWS, VECTORS) \
     case ROWS * 8 + VECTORS: \
-        tile(ROWS, VECTORS, to, c_stride, from, across, along, b + n, b_stride, inner, add); \
+        tile(ROWS, VECTORS, to, c_stride, from, a_stride, b + n, b_stride, inner / PAIR, add); \
         break;
 #if TILE_VECTORS == 4
 #define TILES(ROWS) TILE(ROWS, 1) TILE(ROWS, 2) TILE(ROWS, 3) TILE(ROWS, 4)
@@ -232,9 +269,10 @@ INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, 
 #define TILES(ROWS) TILE(ROWS, 1)
 #endif
 
-/* c (m, n) = [c +] a b; n is a multiple of LANES. */
-static void product(float *c, int64_t c_stride, const float *a, int64_t across, int64_t along, const float *b,
-                    int64_t b_stride, int64_t m, int64_t inner, int64_t columns, int add)
+/* c (m, n) = [c +] a (m, inner) b (inner, n); n is a multiple of LANES, inner of PAIR. Strides are of numbers in a and
+ * of words in b. */
+static void product(float *c, int64_t c_stride, const narrow *a, int64_t a_stride, const float *b, int64_t b_stride,
+                    int64_t m, int64_t inner, int64_t columns, int add)
 {
     for (int64_t n = 0; n < columns; n += TILE_VECTORS * LANES) {
         int64_t left = (columns - n) / LANES;
@@ -242,7 +280,7 @@ static void product(float *c, int64_t c_stride, const float *a, int64_t across, 
         for (int64_t r = 0; r < m; r += TILE_ROWS) {
             int rows = (int)(m - r < TILE_ROWS ? m - r : TILE_ROWS);
             float *to = c + r * c_stride + n;
-            const float *from = a + r * across;
+            const narrow *from = a + r * a_stride;
             switch (rows * 8 + vectors) {
                 TILES(1) TILES(2) TILES(3) TILES(4)
 #if TILE_ROWS == 6
@@ -254,28 +292,41 @@ static void product(float *c, int64_t c_stride, const float *a, int64_t across, 
 }
 
 INLINE int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+INLINE int64_t paired(int64_t count) { return (count + PAIR - 1) / PAIR * PAIR; }
 
 /* A sequence: its tokens, and those before them that it sees whole. */
 typedef struct {
     int64_t start, length, prefix_start, prefix_length;
 } sequence;
 
-/* Memory of one thread, each part for the longest sequence. */
+/* Memory of one thread, each part for the longest sequence; Q queries of a tile. */
 typedef struct {
-    float *key, *value, *turned_key, *turned_value, *dkey, *dvalue; /* (S, D), turned (D, S) */
-    float *query, *dout, *dquery, *scores, *dscores;                /* (QUERIES, D), scores (QUERIES, S) */
-    float *all;
+    narrow *rows;                                       /* a head's tokens (S, D) */
+    float *key_rows, *value_rows;                       /* right operands over keys: words (S / PAIR, D) */
+    float *key_columns, *value_columns;                 /* right operands over D: words (D / PAIR, S) */
+    float *dkey, *dvalue;                               /* (D, S) */
+    narrow *query, *dout, *query_columns, *dout_columns; /* (Q, D), and (D, Q) */
+    float *scores, *dscores;                            /* (Q, S) */
+    narrow *weights;                                    /* left operand over keys (Q, S) */
+    float *weight_rows;                                 /* right operand over queries: words (Q / PAIR, S) */
+    float *out;                                         /* (Q, D) */
+    void *all;
 } scratch;
 
 static int make_scratch(scratch *s, int64_t keys, int64_t width)
 {
-    int64_t tokens = padded(keys) * width, tile_size = QUERIES * width, square = QUERIES * padded(keys);
-    float *next = s->all = malloc(sizeof(float) * (size_t)(6 * tokens + 3 * tile_size + 2 * square));
+    size_t tokens = (size_t)(padded(keys) * width), square = (size_t)(QUERIES * padded(keys));
+    size_t part = (size_t)(QUERIES * width);
+    void **parts[] = {(void **)&s->rows, (void **)&s->key_rows, (void **)&s->value_rows, (void **)&s->key_columns,
+                      (void **)&s->value_columns, (void **)&s->dkey, (void **)&s->dvalue, (void **)&s->query,
+                      (void **)&s->dout, (void **)&s->query_columns, (void **)&s->dout_columns, (void **)&s->out,
+                      (void **)&s->scores, (void **)&s->dscores, (void **)&s->weights, (void **)&s->weight_rows};
+    char *next = s->all = malloc(sizeof(float) * (7 * tokens + 5 * part + 4 * square));
     if (!next) return 0;
-    float **parts[] = {&s->key, &s->value, &s->turned_key, &s->turned_value, &s->dkey, &s->dvalue};
-    for (int i = 0; i < 6; i++, next += tokens) *parts[i] = next;
-    s->query = next, s->dout = (next += tile_size), s->dquery = (next += tile_size);
-    s->scores = (next += tile_size), s->dscores = next + square;
+    for (int i = 0; i < 16; i++) {
+        *parts[i] = next;
+        next += sizeof(float) * (i < 7 ? tokens : i < 12 ? part : square);
+    }
     return 1;
 }
 
@@ -284,18 +335,29 @@ INLINE int64_t token_of(sequence s, int64_t key)
     return key < s.prefix_length ? s.prefix_start + key : s.start + key - s.prefix_length;
 }
 
-/* Copies one head of a sequence's tokens, prefix first, to (S, D) and, where wanted, (D, S) with zeros behind it. */
-static void gather(float *to, float *turned, const number *head, int64_t stride, sequence s, int64_t width)
+/* Copies one head of a sequence's tokens, prefix first, zeros behind: as rows (S, D) of numbers, and as right operands
+ * where they are wanted. */
+static void gather(scratch *s, float *over_keys, float *over_width, const number *head, int64_t stride, sequence q,
+                   int64_t width)
 {
-    int64_t keys = s.prefix_length + s.length, size = padded(keys);
-    for (int64_t key = 0; key < keys; key++) {
-        const number *from = head + token_of(s, key) * stride;
-        for (int64_t d = 0; d < width; d += LANES) store(to + key * width + d, read(from + d));
-    }
-    memset(to + keys * width, 0, sizeof(float) * (size_t)((size - keys) * width));
-    for (int64_t block = 0; turned && block < size; block += LANES)
-        for (int64_t d = 0; d < width; d++)
-            for (int i = 0; i < LANES; i++) turned[d * size + block + i] = to[(block + i) * width + d];
+    int64_t keys = q.prefix_length + q.length, size = padded(keys);
+    for (int64_t key = 0; key < size; key++)
+        for (int64_t d = 0; d < width; d += LANES)
+            narrow_down(s->rows + key * width + d,
+                        key < keys ? read(head + token_of(q, key) * stride + d) : (vector){0});
+    for (int64_t key = 0; over_keys && key < size; key += PAIR)
+        for (int64_t d = 0; d < width; d += LANES) {
+            float *to = over_keys + key / PAIR * width + d;
+#if PAIR == 2
+            store(to, join(read(s->rows + key * width + d), read(s->rows + (key + 1) * width + d)));
+#else
+            store(to, load(s->rows + key * width + d));
+#endif
+        }
+    for (int64_t block = 0; over_width && block < size; block += LANES)
+        for (int64_t d = 0; d < width; d += PAIR)
+            for (int i = 0; i < LANES; i++)
+                memcpy(over_width + d / PAIR * size + block + i, s->rows + (block + i) * width + d, sizeof(float));
 }
 
 /* The queries of a key head's group are counted position first, then head: row r is head r % group at r / group. */
@@ -305,11 +367,23 @@ INLINE const number *query_row(const number *first, int64_t stride, sequence s, 
     return first + (s.start + row / group) * stride + row % group * width;
 }
 
-/* scores[r, :] = softmax over what row `first + r` sees, zero elsewhere; `seen` keys are looked at by the last one. */
-static void weights(scratch *s, sequence q, int64_t first, int64_t rows, int64_t group, int64_t seen, int64_t size,
-                    int64_t width)
+/* Copies rows of queries as left operands over D, and as columns (D, QUERIES) over queries where they are wanted. */
+static void gather_queries(narrow *to, narrow *columns, const number *first, int64_t stride, sequence s, int64_t row,
+                           int64_t rows, int64_t group, int64_t width)
 {
-    product(s->scores, size, s->query, width, 1, s->turned_key, size, rows, width, padded(seen), 0);
+    for (int64_t r = 0; r < rows; r++) {
+        const number *from = query_row(first, stride, s, row + r, group, width);
+        for (int64_t d = 0; d < width; d += LANES) narrow_down(to + r * width + d, read(from + d));
+    }
+    for (int64_t d = 0; columns && d < width; d++)
+        for (int64_t r = 0; r < paired(rows); r++) columns[d * QUERIES + r] = r < rows ? to[r * width + d] : 0;
+}
+
+/* scores[r, :] = softmax over what row `first + r` sees, zero elsewhere; the last row sees `seen` keys. */
+static void attention_weights(scratch *s, sequence q, int64_t first, int64_t rows, int64_t group, int64_t seen,
+                              int64_t size, int64_t width, float scale)
+{
+    product(s->scores, size, s->query, width, s->key_columns, size, rows, width, padded(seen), 0);
     for (int64_t r = 0; r < rows; r++) {
         float *row = s->scores + r * size;
         int64_t own = q.prefix_length + (first + r) / group + 1, whole = own / LANES * LANES;
@@ -322,7 +396,7 @@ static void weights(scratch *s, sequence q, int64_t first, int64_t rows, int64_t
         float top = most[0];
         for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
         for (int64_t key = 0; key < padded(own); key += LANES) {
-            vector x = exponential(load(row + key) - top);
+            vector x = exponential((load(row + key) - top) * scale);
             if (key == whole)
                 for (int i = (int)(own - whole); i < LANES; i++) x[i] = 0;
             total += x;
@@ -334,47 +408,64 @@ static void weights(scratch *s, sequence q, int64_t first, int64_t rows, int64_t
     }
 }
 
-static void load_queries(float *to, const number *first, int64_t stride, sequence s, int64_t row, int64_t rows,
-                         int64_t group, int64_t width, float scale)
+/* Scores as operands: rows over keys, and over queries. Either may be unwanted. */
+static void lay_out(narrow *over_keys, float *over_queries, const float *scores, int64_t size, int64_t rows,
+                    int64_t seen)
 {
-    for (int64_t r = 0; r < rows; r++) {
-        const number *from = query_row(first, stride, s, row + r, group, width);
-        for (int64_t d = 0; d < width; d += LANES) store(to + r * width + d, read(from + d) * scale);
-    }
+    for (int64_t r = 0; over_keys && r < rows; r++)
+        for (int64_t key = 0; key < padded(seen); key += LANES)
+            narrow_down(over_keys + r * size + key, load(scores + r * size + key));
+    for (int64_t r = 0; over_queries && r < rows; r += PAIR)
+        for (int64_t key = 0; key < padded(seen); key += LANES) {
+            vector even = load(scores + r * size + key);
+#if PAIR == 2
+            even = join(even, r + 1 < rows ? load(scores + (r + 1) * size + key) : (vector){0});
+#endif
+            store(over_queries + r / PAIR * size + key, even);
+        }
 }
 
-/* out (T, H, D) = softmax(q k' scale) v. */
+/* Query heads that share a key head attend together, or apart where there would be too little for all threads. */
+INLINE int64_t parts_of_group(int64_t items, int64_t group, int threads)
+{
+    return threads > 1 && items < 4 * threads ? group : 1;
+}
+
+/* out (T, H, D) = softmax(q k' scale) v */
 int attend(number *out, const number *qkv, const sequence *sequences, int64_t count, int64_t longest, int64_t query,
            int64_t key, int64_t width, float scale, int threads)
 {
-    int64_t group = query / key, stride = (query + 2 * key) * width, out_stride = query * width;
+    int64_t stride = (query + 2 * key) * width, out_stride = query * width;
+    int64_t parts = parts_of_group(count * key, query / key, threads), group = query / key / parts;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         scratch s;
         int mine = make_scratch(&s, longest, width);
         if (!mine) failed = 1;
-#pragma omp for schedule(static, 1) collapse(2)
+#pragma omp for schedule(static, 1) collapse(3)
         for (int64_t n = 0; n < count; n++)
-            for (int64_t k = 0; k < key; k++) {
-                if (!mine) continue;
-                sequence q = sequences[n];
-                int64_t size = padded(q.prefix_length + q.length);
-                const number *queries = qkv + k * group * width;
-                gather(s.key, s.turned_key, qkv + (query + k) * width, stride, q, width);
-                gather(s.value, NULL, qkv + (query + key + k) * width, stride, q, width);
-                for (int64_t row = 0; row < q.length * group; row += QUERIES) {
-                    int64_t left = q.length * group - row, rows = left < QUERIES ? left : QUERIES;
-                    int64_t seen = q.prefix_length + (row + rows - 1) / group + 1;
-                    load_queries(s.query, queries, stride, q, row, rows, group, width, scale);
-                    weights(&s, q, row, rows, group, seen, size, width);
-                    product(s.dquery, width, s.scores, size, 1, s.value, width, rows, seen, width, 0);
-                    for (int64_t r = 0; r < rows; r++) {
-                        number *to = (number *)query_row(out + k * group * width, out_stride, q, row + r, group, width);
-                        for (int64_t d = 0; d < width; d += LANES) write(to + d, load(s.dquery + r * width + d));
+            for (int64_t k = 0; k < key; k++)
+                for (int64_t part = 0; part < parts; part++) {
+                    if (!mine) continue;
+                    sequence q = sequences[n];
+                    int64_t head = (k * parts + part) * group * width; /* the first of its query heads */
+                    int64_t size = padded(q.prefix_length + q.length);
+                    gather(&s, NULL, s.key_columns, qkv + (query + k) * width, stride, q, width);
+                    gather(&s, s.value_rows, NULL, qkv + (query + key + k) * width, stride, q, width);
+                    for (int64_t row = 0; row < q.length * group; row += QUERIES) {
+                        int64_t left = q.length * group - row, rows = left < QUERIES ? left : QUERIES;
+                        int64_t seen = q.prefix_length + (row + rows - 1) / group + 1;
+                        gather_queries(s.query, NULL, qkv + head, stride, q, row, rows, group, width);
+                        attention_weights(&s, q, row, rows, group, seen, size, width, scale);
+                        lay_out(s.weights, NULL, s.scores, size, rows, seen);
+                        product(s.out, width, s.weights, size, s.value_rows, width, rows, padded(seen), width, 0);
+                        for (int64_t r = 0; r < rows; r++) {
+                            number *to = (number *)query_row(out + head, out_stride, q, row + r, group, width);
+                            for (int64_t d = 0; d < width; d += LANES) write(to + d, load(s.out + r * width + d));
+                        }
                     }
                 }
-            }
         free(mine ? s.all : NULL);
     }
     return failed;
@@ -386,56 +477,62 @@ int attend_backward(number *dqkv, float *sums, const number *dout, const number 
                     const sequence *sequences, int64_t count, int64_t longest, int64_t tokens, int64_t query,
                     int64_t key, int64_t width, float scale, int threads)
 {
-    int64_t group = query / key, stride = (query + 2 * key) * width, out_stride = query * width;
+    int64_t stride = (query + 2 * key) * width, out_stride = query * width;
+    int64_t parts = parts_of_group(count * key, query / key, threads), group = query / key / parts;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         scratch s;
         int mine = make_scratch(&s, longest, width);
         if (!mine) failed = 1;
-#pragma omp for schedule(static, 1) collapse(2)
+        float *own_sums = sums + THREAD * tokens * 2 * key * width;
+#pragma omp for schedule(static, 1) collapse(3)
         for (int64_t n = 0; n < count; n++)
-            for (int64_t k = 0; k < key; k++) {
-                if (!mine) continue;
-                sequence q = sequences[n];
-                int64_t keys = q.prefix_length + q.length, size = padded(keys);
-                const number *queries = qkv + k * group * width;
-                gather(s.key, s.turned_key, qkv + (query + k) * width, stride, q, width);
-                gather(s.value, s.turned_value, qkv + (query + key + k) * width, stride, q, width);
-                memset(s.dkey, 0, sizeof(float) * (size_t)(size * width));
-                memset(s.dvalue, 0, sizeof(float) * (size_t)(size * width));
-                for (int64_t row = 0; row < q.length * group; row += QUERIES) {
-                    int64_t left = q.length * group - row, rows = left < QUERIES ? left : QUERIES;
-                    int64_t seen = q.prefix_length + (row + rows - 1) / group + 1;
-                    load_queries(s.query, queries, stride, q, row, rows, group, width, scale);
-                    load_queries(s.dout, dout + k * group * width, out_stride, q, row, rows, group, width, 1.0f);
-                    weights(&s, q, row, rows, group, seen, size, width);
-                    product(s.dscores, size, s.dout, width, 1, s.turned_value, size, rows, width, padded(seen), 0);
-                    product(s.dvalue, width, s.scores, 1, size, s.dout, width, seen, rows, width, 1);
-                    for (int64_t r = 0; r < rows; r++) {
-                        const number *was = query_row(out + k * group * width, out_stride, q, row + r, group, width);
-                        vector products = {0};
-                        for (int64_t d = 0; d < width; d += LANES) products += read(was + d) * load(s.dout + r * width + d);
-                        float delta = sum(products);
-                        for (int64_t at = r * size; at < r * size + padded(seen); at += LANES)
-                            store(s.dscores + at, load(s.scores + at) * (load(s.dscores + at) - delta));
+            for (int64_t k = 0; k < key; k++)
+                for (int64_t part = 0; part < parts; part++) {
+                    if (!mine) continue;
+                    sequence q = sequences[n];
+                    int64_t head = (k * parts + part) * group * width; /* the first of its query heads */
+                    int64_t keys = q.prefix_length + q.length, size = padded(keys);
+                    const number *outputs = out + head, *gradients = dout + head;
+                    gather(&s, s.key_rows, s.key_columns, qkv + (query + k) * width, stride, q, width);
+                    gather(&s, NULL, s.value_columns, qkv + (query + key + k) * width, stride, q, width);
+                    memset(s.dkey, 0, sizeof(float) * (size_t)(size * width));
+                    memset(s.dvalue, 0, sizeof(float) * (size_t)(size * width));
+                    for (int64_t row = 0; row < q.length * group; row += QUERIES) {
+                        int64_t left = q.length * group - row, rows = left < QUERIES ? left : QUERIES;
+                        int64_t seen = q.prefix_length + (row + rows - 1) / group + 1, inner = paired(rows);
+                        gather_queries(s.query, s.query_columns, qkv + head, stride, q, row, rows, group, width);
+                        gather_queries(s.dout, s.dout_columns, gradients, out_stride, q, row, rows, group, width);
+                        attention_weights(&s, q, row, rows, group, seen, size, width, scale);
+                        lay_out(NULL, s.weight_rows, s.scores, size, rows, seen);
+                        product(s.dvalue, size, s.dout_columns, QUERIES, s.weight_rows, size, width, inner, padded(seen), 1);
+                        product(s.dscores, size, s.dout, width, s.value_columns, size, rows, width, padded(seen), 0);
+                        for (int64_t r = 0; r < rows; r++) {
+                            const number *was = query_row(outputs, out_stride, q, row + r, group, width);
+                            const number *gradient = query_row(gradients, out_stride, q, row + r, group, width);
+                            vector products = {0};
+                            for (int64_t d = 0; d < width; d += LANES) products += read(was + d) * read(gradient + d);
+                            float delta = sum(products);
+                            for (int64_t at = r * size; at < r * size + padded(seen); at += LANES)
+                                store(s.dscores + at, load(s.scores + at) * (load(s.dscores + at) - delta));
+                        }
+                        lay_out(s.weights, s.weight_rows, s.dscores, size, rows, seen);
+                        product(s.dkey, size, s.query_columns, QUERIES, s.weight_rows, size, width, inner, padded(seen), 1);
+                        product(s.out, width, s.weights, size, s.key_rows, width, rows, padded(seen), width, 0);
+                        for (int64_t r = 0; r < rows; r++) {
+                            number *to = (number *)query_row(dqkv + head, stride, q, row + r, group, width);
+                            for (int64_t d = 0; d < width; d += LANES) write(to + d, load(s.out + r * width + d) * scale);
+                        }
                     }
-                    product(s.dquery, width, s.dscores, size, 1, s.key, width, rows, seen, width, 0);
-                    product(s.dkey, width, s.dscores, 1, size, s.query, width, seen, rows, width, 1);
-                    for (int64_t r = 0; r < rows; r++) {
-                        number *to = (number *)query_row(dqkv + k * group * width, stride, q, row + r, group, width);
-                        for (int64_t d = 0; d < width; d += LANES) write(to + d, load(s.dquery + r * width + d) * scale);
-                    }
+                    for (int64_t block = 0; block < keys; block += LANES)
+                        for (int64_t d = 0; d < width; d++)
+                            for (int64_t at = block; at < keys && at < block + LANES; at++) {
+                                float *to = own_sums + (token_of(q, at) * 2 * key + k) * width + d;
+                                to[0] += s.dkey[d * size + at] * scale;
+                                to[key * width] += s.dvalue[d * size + at];
+                            }
                 }
-                float *own_sums = sums + THREAD * tokens * 2 * key * width;
-                for (int64_t at = 0; at < keys; at++) {
-                    float *to = own_sums + (token_of(q, at) * 2 * key + k) * width;
-                    for (int64_t d = 0; d < width; d += LANES) {
-                        store(to + d, load(to + d) + load(s.dkey + at * width + d));
-                        store(to + key * width + d, load(to + key * width + d) + load(s.dvalue + at * width + d));
-                    }
-                }
-            }
         free(mine ? s.all : NULL);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
@@ -446,4 +543,41 @@ int attend_backward(number *dqkv, float *sums, const number *dout, const number 
             }
     }
     return failed;
+}
+
+/* Of each row of logits (B, V): the log-probability of its target, the token with the largest logit, and, where wanted,
+ * in the logits' place the gradient of that log-probability, onehot(target) - softmax. */
+int log_softmax(float *logprobs, int64_t *chosen, number *logits, const int64_t *targets, int64_t rows,
+                int64_t vocabulary, int64_t gradient, int threads)
+{
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < rows; b++) {
+        number *row = logits + b * vocabulary;
+        vector most = all(-INFINITY), total = {0};
+        integers place = {0}, here;
+        for (int i = 0; i < LANES; i++) here[i] = i;
+        for (int64_t v = 0; v < vocabulary; v += LANES, here += LANES) {
+            vector x = read(row + v);
+            place = (integers)choose(x > most, (vector)here, (vector)place);
+            most = choose(x > most, x, most);
+        }
+        int best = 0;
+        for (int i = 1; i < LANES; i++)
+            if (most[i] > most[best] || (most[i] == most[best] && place[i] < place[best])) best = i;
+        float top = most[best], target = read(row + targets[b] / LANES * LANES)[targets[b] % LANES];
+        for (int64_t v = 0; v < vocabulary; v += LANES) total += exponential(read(row + v) - top);
+        float whole = sum(total), shift = top + logf(whole);
+        chosen[b] = place[best];
+        logprobs[b] = target - shift;
+        for (int64_t v = 0; gradient && v < vocabulary; v += LANES)
+            write(row + v, -exponential(read(row + v) - shift));
+        if (gradient) {
+            int64_t block = targets[b] / LANES * LANES;
+            vector near = -exponential(all(logprobs[b]));
+            vector own = read(row + block);
+            own[targets[b] % LANES] = 1.0f + near[0];
+            write(row + block, own);
+        }
+    }
+    return 0;
 }

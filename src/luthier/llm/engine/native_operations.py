@@ -17,7 +17,6 @@ from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
 
 LANES = 16  # as in kernels.c
-LONGEST_SEEN = 1024  # tokens; longer sequences are products large enough for torch's to win
 
 
 def operations_for(dtype: torch.dtype, device: torch.device) -> LayerOperations:
@@ -85,7 +84,7 @@ class NativeOperations(LayerOperations):
 
     def attend(self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tensor:
         """See :meth:`LayerOperations.attend`."""
-        if layout.longest_seen > LONGEST_SEEN or not self._take(qkv_TCD):
+        if not self._take(qkv_TCD):
             return super().attend(qkv_TCD, heads, layout)
         out_THD = torch.empty_like(qkv_TCD[:, : heads.query])
         spans = layout.spans_N4
@@ -102,7 +101,7 @@ class NativeOperations(LayerOperations):
         layout: RowLayout,
     ) -> torch.Tensor:
         """See :meth:`LayerOperations.attend_backward`."""
-        if layout.longest_seen > LONGEST_SEEN or not self._take(dout_THD, out_THD, qkv_TCD):
+        if not self._take(dout_THD, out_THD, qkv_TCD):
             return super().attend_backward(dout_THD, out_THD, qkv_TCD, heads, layout)
         tokens, _, width = qkv_TCD.shape
         dqkv_TCD, spans = torch.empty_like(qkv_TCD), layout.spans_N4
@@ -110,6 +109,17 @@ class NativeOperations(LayerOperations):
         sizes = (len(spans), layout.longest_seen, tokens, heads.query, heads.key, width, heads.scale)
         self._run("attend_backward", dqkv_TCD, sums, dout_THD, out_THD, qkv_TCD, spans, *sizes)
         return dqkv_TCD
+
+    def log_softmax(
+        self, logits_BV: torch.Tensor, targets_B: torch.Tensor, *, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See :func:`log_softmax_in_place`."""
+        if not self._take(logits_BV):
+            return None
+        logprobs_B, targets_B = torch.empty(len(logits_BV)), targets_B.contiguous()
+        chosen_B = torch.empty_like(targets_B)
+        self._run("log_softmax", logprobs_B, chosen_B, logits_BV, targets_B, *logits_BV.shape, int(gradient))
+        return logprobs_B, chosen_B
 
     def _take(self, *values: torch.Tensor) -> bool:
         return all(v.dtype == self._dtype and v.is_contiguous() and v.shape[-1] % LANES == 0 for v in values)
@@ -119,6 +129,20 @@ class NativeOperations(LayerOperations):
         given = [_argument(argument) for argument in arguments]
         if getattr(self._kernels, name)(*given, c_int(torch.get_num_threads())):
             raise MemoryError(f"no memory for {name}")
+
+
+def log_softmax_in_place(
+    logits_BV: torch.Tensor, targets_B: torch.Tensor, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the log-probabilities of targets, in float32, and the tokens with the largest logits.
+
+    With ``gradient`` the logits become the gradient of each log-probability, onehot(target) - softmax. None (and
+    nothing is changed) where no kernel takes such logits.
+    """
+    found = operations_for(logits_BV.dtype, logits_BV.device)
+    if not isinstance(found, NativeOperations):
+        return None
+    return found.log_softmax(logits_BV, targets_B, gradient=gradient)
 
 
 def _argument(value: torch.Tensor | float) -> Any:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from luthier.llm.engine.native_operations import log_softmax_in_place
+
 PIECE_LOGITS = 8_000_000  # numbers that are held at once: as many as a processor's caches and memory take well
 BYTES_EACH = 12  # of a logit, in float32, with what is made of it
 GPU_SHARE = 64  # on a GPU, that share of its memory is for logits: a product of few targets would leave it idle
@@ -77,7 +79,16 @@ class _Softmax:
 
     def logits(self, hidden_BE: torch.Tensor, weight_VE: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
         """Return the logits in float32."""
-        logits_BV = torch.nn.functional.linear(hidden_BE, weight_VE, bias_V).float()
+        return self.scaled(torch.nn.functional.linear(hidden_BE, weight_VE, bias_V))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits are what the head makes, and targets alone count."""
+        return self.scale == 1.0 and not self.cap and not self.smoothing
+
+    def scaled(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Return the logits in float32 from what the head makes."""
+        logits_BV = logits_BV.float()
         if self.scale != 1.0:
             logits_BV *= self.scale
         return logits_BV.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits_BV
@@ -112,7 +123,15 @@ class _FrozenHead(torch.autograd.Function):
         chosen_M = torch.empty_like(targets_M)
         gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
         for piece in _pieces(targets_M, weight_VE):
-            logits_BV = softmax.logits(hidden_ME[piece], weight_VE, bias_V)
+            logits_BV = torch.nn.functional.linear(hidden_ME[piece], weight_VE, bias_V)
+            if softmax.is_plain:
+                done = log_softmax_in_place(logits_BV, targets_M[piece], gradient=gradient_ME is not None)
+                if done is not None:
+                    logprobs_M1[piece, 0], chosen_M[piece] = done
+                    if gradient_ME is not None:
+                        gradient_ME[piece] = logits_BV @ weight_VE
+                    continue
+            logits_BV = softmax.scaled(logits_BV)
             picked_B1 = targets_M[piece, None]
             chosen_M[piece] = logits_BV.argmax(dim=-1)
             logprobs_M1[piece], log_sum_B1 = softmax.logprobs(logits_BV, picked_B1)
