@@ -122,8 +122,12 @@ class _FrozenHead(torch.autograd.Function):
         logprobs_M1 = torch.empty(len(targets_M), 1, device=hidden_ME.device)
         chosen_M = torch.empty_like(targets_M)
         gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
-        for piece in _pieces(targets_M, weight_VE):
-            logits_BV = torch.nn.functional.linear(hidden_ME[piece], weight_VE, bias_V)
+        pieces = _pieces(targets_M, weight_VE)
+        held_BV = hidden_ME.new_empty(
+            len(targets_M[pieces[0]]), len(weight_VE)
+        )  # new memory costs as much as a product
+        for piece in pieces:
+            logits_BV = _head(hidden_ME[piece], weight_VE, bias_V, held_BV)
             if softmax.is_plain:
                 done = log_softmax_in_place(logits_BV, targets_M[piece], gradient=gradient_ME is not None)
                 if done is not None:
@@ -186,6 +190,16 @@ class _TrainedHead(torch.autograd.Function):
             if dbias_V is not None:
                 dbias_V += dlogits_BV.sum(0)
         return dhidden_ME, dweight_VE, dbias_V, None, None
+
+
+def _head(
+    hidden_BE: torch.Tensor, weight_VE: torch.Tensor, bias_V: torch.Tensor | None, held_BV: torch.Tensor
+) -> torch.Tensor:
+    """Return W h + b, in memory that is held for it."""
+    logits_BV = held_BV[: len(hidden_BE)]
+    if bias_V is None:
+        return torch.mm(hidden_BE, weight_VE.T, out=logits_BV)
+    return torch.addmm(bias_V, hidden_BE, weight_VE.T, out=logits_BV)
 
 
 def _cast(
