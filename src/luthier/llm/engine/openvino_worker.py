@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.llm.engine.expanded_gguf import expanded
 from luthier.llm.engine.grammar_memory import USUAL_BYTES, GrammarMemory
 from luthier.llm.engine.prefix_gate import PrefixGate, prefix_blocks
 from luthier.llm.engine.worker_socket import WorkerSocket, worker_arguments
@@ -63,9 +64,10 @@ def forbid_telemetry() -> None:
 
 
 def open_pipeline(path: Path, cache_gigabytes: int, precision: str, threads: int) -> tuple[Any, dict[str, Any]]:
-    """Load a GGUF file; return the pipeline and its properties."""
-    properties = plugin_properties(precision, is_quantised(path), threads)
-    return load_pipeline(path, cache_gigabytes, properties), properties
+    """Load a GGUF file; return the pipeline and its properties. Weights that are integers are expanded first."""
+    with expanded(path) as readable:
+        properties = plugin_properties(precision, is_quantised(readable), threads)
+        return load_pipeline(readable, cache_gigabytes, properties), properties
 
 
 def is_quantised(path: Path) -> bool:
