@@ -79,8 +79,10 @@ def _kept(resolved: Resolved, shape: ModelShape) -> float:
     """Return how many numbers a layer keeps of a token for its backward pass, in widths of the model."""
     if shape.fused and resolved.mode != "dora" and not resolved.lora_dropout:
         queries, keys = shape.query_width / shape.width, shape.key_width / shape.width
-        # Its input, queries, keys and values (and those before their norms), what attention gives, the sum behind it.
+        # Its input, queries, keys and values (and those before their norms), what attention gives, the sum behind it,
+        # and what each adapter makes of its input first.
         base, wide = 2 + 2 * queries + 2 * keys + (queries + keys) * shape.head_norms, FUSED_WIDE
+        base += (4 + shape.mlp_matrices) * resolved.lora_rank / shape.width if resolved.has_adapter else 0.0
     elif resolved.mode == "dora":
         base, wide = UNFUSED_DORA
     else:
