@@ -1,13 +1,14 @@
 """Serving beside others: `python benchmarks/serve.py [--clients N] [--repeats 5] [--json FILE] [--soak 10000]`.
 
-SmolLM2-135M as GGUF Q8_0, streamed answers of 32 to 96 tokens at temperature 0, prompts from vader_tweets and gsm8k. Three
-sides answer the same questions, each in a process of its own, and take turns: Luthier's server, openvino-genai's pipeline
-without any server (same file, same prompts as tokens, same settings), and llama.cpp's server (the xllamacpp wheel). All
-have as many requests at once as there are clients; a question is asked once. Figures are medians over the repeats; the
-percentiles are those of all answers of all repeats.
+SmolLM2-135M as GGUF Q8_0, streamed answers of 32 to 96 tokens at temperature 0, prompts from vader_tweets and gsm8k.
+Three sides answer the same questions, each in a process of its own, and take turns: Luthier's server, openvino-genai's
+pipeline without any server (same file, same prompts as tokens; "bare" with our settings, "bare_plugin" with its own),
+and llama.cpp's server (the xllamacpp wheel). All have as many requests at once as there are clients; a question is
+asked once. Figures are medians over the repeats; the percentiles are those of all answers of all repeats.
 
 - tokens per second: all tokens of the answers by the time from the first request to the end of the last answer
-- first token: from sending a request to the first piece of its text
+- first token: from sending a request to the first piece of its text, but for the first request of each client; those
+  come in the same moment, and what the last of them waits stands apart ("at start")
 - per token: between two pieces of the text of an answer, of which each has one token
 - memory: the resident set of the side's processes after the last turn
 
@@ -132,6 +133,7 @@ def _turn(side: Side, clients: int, asked: list[dict[str, Any]]) -> dict[str, An
     seen = side.run(clients, asked)
     used = _processor(side)
     answers = seen["answers"]
+    by_time = sorted(answers, key=lambda answer: answer["sent"])
     seconds = max(answer["ended"] for answer in answers) - min(answer["sent"] for answer in answers)
     tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
     return {
@@ -139,7 +141,8 @@ def _turn(side: Side, clients: int, asked: list[dict[str, Any]]) -> dict[str, An
         "tokens": tokens,
         "prompt_tokens": sum(answer["usage"]["prompt_tokens"] for answer in answers),
         "seconds": seconds,
-        "first": sorted(answer["pieces"][0] - answer["sent"] for answer in answers if answer["pieces"]),
+        "start": _first_tokens(by_time[:clients]),
+        "first": _first_tokens(by_time[clients:]),
         "gaps": [
             later - earlier
             for answer in answers
@@ -148,6 +151,10 @@ def _turn(side: Side, clients: int, asked: list[dict[str, Any]]) -> dict[str, An
         "cores": {name: (used[name] - before[name]) / seconds for name in used}
         | {"client": seen["client_processor_seconds"] / seconds},
     }
+
+
+def _first_tokens(answers: list[dict[str, Any]]) -> list[float]:
+    return [answer["pieces"][0] - answer["sent"] for answer in answers if answer["pieces"]]
 
 
 def _processor(side: Side) -> dict[str, float]:
@@ -161,12 +168,14 @@ def _memory(side: Side) -> dict[str, int]:
 def _figures(turns: list[dict[str, Any]], memory: dict[str, int]) -> dict[str, Any]:
     rates = [turn["tokens_per_second"] for turn in turns]
     first = sorted(seconds for turn in turns for seconds in turn["first"])
+    start = sorted(seconds for turn in turns for seconds in turn["start"])
     gaps = sorted(seconds for turn in turns for seconds in turn["gaps"])
     return {
         "tokens_per_second": statistics.median(rates),
         "spread": [min(rates), max(rates)],
         "first_token_p50_seconds": percentile(first, 50),
         "first_token_p99_seconds": percentile(first, 99),
+        "first_token_at_start_seconds": percentile(start, 100),
         "per_token_p50_seconds": percentile(gaps, 50),
         "per_token_p99_seconds": percentile(gaps, 99),
         "memory_bytes": sum(memory.values()),
@@ -174,7 +183,7 @@ def _figures(turns: list[dict[str, Any]], memory: dict[str, int]) -> dict[str, A
         "cores": {name: statistics.median(turn["cores"][name] for turn in turns) for name in turns[0]["cores"]},
         "tokens": statistics.median(turn["tokens"] for turn in turns),
         "prompt_tokens": statistics.median(turn["prompt_tokens"] for turn in turns),
-        "requests": len(turns[0]["first"]),
+        "requests": len(turns[0]["start"]) + len(turns[0]["first"]),
         "repeats": rates,
     }
 
@@ -198,8 +207,9 @@ def _ratios(figures: dict[str, Any]) -> dict[str, float | None]:
 
 def _say(name: str, clients: int, turn: dict[str, Any]) -> None:
     cores = ", ".join(f"{process} {used:.2f}" for process, used in turn["cores"].items())
+    first = percentile(sorted(turn["first"]), 50)
     print(
-        f"{clients:4} {name:11} {turn['tokens_per_second']:7.1f} tokens/s  first {statistics.median(turn['first']):.3f} s  "
+        f"{clients:4} {name:11} {turn['tokens_per_second']:7.1f} tokens/s  first {first:.3f} s  "
         f"{turn['tokens']} tokens after {turn['prompt_tokens']} in {turn['seconds']:.1f} s  cores: {cores}",
         flush=True,
     )
@@ -207,13 +217,14 @@ def _say(name: str, clients: int, turn: dict[str, Any]) -> None:
 
 def _print(result: dict[str, Any]) -> None:
     print(
-        f"\n{result['clients']} clients    tokens/s   lowest  highest   first p50      p99  per token p50      p99      GiB"
+        f"\n{result['clients']:3} clients  tokens/s   lowest  highest   first p50      p99 at start  per token p50      p99      GiB"
     )
     for name in SIDES:
         if side := result[name]:
             print(
                 f"{name:12} {side['tokens_per_second']:9.0f} {side['spread'][0]:8.0f} {side['spread'][1]:8.0f} "
                 f"{side['first_token_p50_seconds']:9.3f} s {side['first_token_p99_seconds']:6.3f} s "
+                f"{side['first_token_at_start_seconds']:6.3f} s "
                 f"{side['per_token_p50_seconds']:12.4f} s {side['per_token_p99_seconds']:6.4f} s "
                 f"{side['memory_bytes'] / 2**30:8.2f}"
             )

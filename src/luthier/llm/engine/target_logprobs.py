@@ -81,10 +81,23 @@ class _Softmax:
         """Return the logits in float32."""
         return self.scaled(torch.nn.functional.linear(hidden_BE, weight_VE, bias_V))
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether logits are what the head makes, and targets alone count."""
-        return self.scale == 1.0 and not self.cap and not self.smoothing
+    def outcome(
+        self, logits_BV: torch.Tensor, targets_B: torch.Tensor, *, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return log-probabilities, chosen tokens and, where wanted, the gradient over W h + b, which is given.
+
+        It may be overwritten.
+        """
+        if self.scale == 1.0 and not self.cap and not self.smoothing:
+            done = log_softmax_in_place(logits_BV, targets_B, gradient=gradient)
+            if done is not None:
+                return *done, logits_BV if gradient else None
+        logits_BV = self.scaled(logits_BV)
+        picked_B1 = targets_B[:, None]
+        chosen_B = logits_BV.argmax(dim=-1)
+        logprobs_B1, log_sum_B1 = self.logprobs(logits_BV, picked_B1)
+        dlogits_BV = self.gradient(logits_BV, log_sum_B1, picked_B1) if gradient else None
+        return logprobs_B1[:, 0], chosen_B, dlogits_BV
 
     def scaled(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Return the logits in float32 from what the head makes."""
@@ -119,33 +132,22 @@ class _FrozenHead(torch.autograd.Function):
         targets_M: torch.Tensor,
         softmax: _Softmax,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_M1 = torch.empty(len(targets_M), 1, device=hidden_ME.device)
+        logprobs_M = torch.empty(len(targets_M), device=hidden_ME.device)
         chosen_M = torch.empty_like(targets_M)
         gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
         pieces = _pieces(targets_M, weight_VE)
-        held_BV = hidden_ME.new_empty(
-            len(targets_M[pieces[0]]), len(weight_VE)
-        )  # new memory costs as much as a product
+        # One piece of memory for all pieces: to get new pages from the system costs as much as a product.
+        held_BV = hidden_ME.new_empty(len(targets_M[pieces[0]]), len(weight_VE))
         for piece in pieces:
             logits_BV = _head(hidden_ME[piece], weight_VE, bias_V, held_BV)
-            if softmax.is_plain:
-                done = log_softmax_in_place(logits_BV, targets_M[piece], gradient=gradient_ME is not None)
-                if done is not None:
-                    logprobs_M1[piece, 0], chosen_M[piece] = done
-                    if gradient_ME is not None:
-                        gradient_ME[piece] = logits_BV @ weight_VE
-                    continue
-            logits_BV = softmax.scaled(logits_BV)
-            picked_B1 = targets_M[piece, None]
-            chosen_M[piece] = logits_BV.argmax(dim=-1)
-            logprobs_M1[piece], log_sum_B1 = softmax.logprobs(logits_BV, picked_B1)
-            if gradient_ME is not None:
-                weights_BV = softmax.gradient(logits_BV, log_sum_B1, picked_B1)
-                gradient_ME[piece] = weights_BV.to(weight_VE.dtype) @ weight_VE
+            outcome = softmax.outcome(logits_BV, targets_M[piece], gradient=gradient_ME is not None)
+            logprobs_M[piece], chosen_M[piece], dlogits_BV = outcome
+            if gradient_ME is not None and dlogits_BV is not None:
+                gradient_ME[piece] = dlogits_BV.to(weight_VE.dtype) @ weight_VE
         if gradient_ME is not None:
             ctx.save_for_backward(gradient_ME)
         ctx.mark_non_differentiable(chosen_M)
-        return logprobs_M1[:, 0], chosen_M
+        return logprobs_M, chosen_M
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
