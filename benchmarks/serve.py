@@ -216,9 +216,8 @@ def _say(name: str, clients: int, turn: dict[str, Any]) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    print(
-        f"\n{result['clients']:3} clients  tokens/s   lowest  highest   first p50      p99 at start  per token p50      p99      GiB"
-    )
+    columns = "tokens/s   lowest  highest   first p50      p99 at start  per token p50      p99      GiB"
+    print(f"\n{result['clients']:3} clients  {columns}")
     for name in SIDES:
         if side := result[name]:
             print(

@@ -1,8 +1,8 @@
 """The engine alone: ``python -m serving.bare FOLDER ours|plugin`` runs openvino-genai's pipeline without any server.
 
-Its weights and numbers are those of :mod:`luthier.llm.engine.openvino_worker`, or those that openvino chooses for the file;
-the scheduler is the same. Lines on standard input name a spec and where the result goes, as :mod:`serving.load` has them,
-but with ``tokens`` in the place of messages.
+Its weights and numbers are those of :mod:`luthier.llm.engine.openvino_worker`, or those that openvino chooses for the
+file; the scheduler is the same. Lines on standard input name a spec and where the result goes, as :mod:`serving.load`
+has them, but with ``tokens`` in the place of messages.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ class Served:
     def processes(self) -> dict[str, psutil.Process]:
         """The server, and the engine's where that is another one."""
         server = psutil.Process(self.pid)
-        return {"server": server} | {self.engine: child for child in server.children(recursive=True)}
+        children = server.children(recursive=True)
+        return {"server": server} | ({self.engine: children[-1]} if children else {})
 
 
 @dataclass

@@ -92,7 +92,7 @@ Sides = tuple[list[Tokens], list[Tokens]]
 def _tweets(chat: ChatFormat) -> Sides:
     with TWEETS.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    random.Random(0).shuffle(rows)  # noqa: S311
+    random.Random(0).shuffle(rows)
     examples = [_answered(chat, row["text"], row["sentiment"], system=SENTIMENT) for row in rows]
     return examples[HELD_OUT_TWEETS:], examples[:HELD_OUT_TWEETS]
 
