@@ -2,7 +2,8 @@
 
 It shares the processor with the server, so it is lean: one thread, one epoll, raw sockets; of an event it looks at no
 more than it must. A spec has the ``url`` (host and port), how many ``clients``, and the ``bodies`` of the requests,
-which the clients take in turn. The result has for every request when it was sent, when each piece of text came, and its usage.
+which the clients take in turn. The result has for every request when it was sent, when each piece of text came, and its
+usage.
 """
 
 from __future__ import annotations
