@@ -17,6 +17,35 @@ def test_without_keys_everybody_on_loopback_may_do_everything(start_live: Callab
     assert list(live.client().models.list()) == []
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8000"},
+        {"Host": ""},
+        {"Host": "localhost.evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+    ],
+)
+def test_without_keys_pages_of_other_sites_are_refused(start_live: Callable[..., Live], headers: dict[str, str]) -> None:
+    live = start_live()
+    reply = httpx.get(f"{live.url}/v1/models", headers=headers)
+    assert reply.status_code == 403
+    assert reply.json()["error"]["code"] == "forbidden_host"
+    assert next(iter(headers)) in reply.json()["error"]["message"]
+    secret = live.key()
+    keyed = {**headers, "Authorization": f"Bearer {secret}"}
+    assert httpx.get(f"{live.url}/v1/models", headers=keyed).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost:1", "127.0.0.1", "127.9.9.9:80", "[::1]:8000"])
+def test_without_keys_this_machine_is_answered_by_any_of_its_names(start_live: Callable[..., Live], host: str) -> None:
+    live = start_live()
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    assert httpx.get(f"{live.url}/v1/models", headers=headers).status_code == 200
+
+
 def test_the_first_key_closes_the_door_and_its_revocation_does_not_open_it(start_live: Callable[..., Live]) -> None:
     live = start_live()
     secret = live.key()

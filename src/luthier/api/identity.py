@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -45,9 +47,34 @@ class Identity:
     async def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         caller = await asyncio.to_thread(self.service.caller, headers.get("authorization", ""))
+        if caller.key is None:
+            _refuse_other_sites(headers)
         scope[CALLER] = caller
         if scope["path"].startswith(LIMITED):
             scope[ADMISSION] = self.limiter.admit(caller, _estimate(scope, headers))
+
+
+def _refuse_other_sites(headers: Headers) -> None:
+    """Refuse what a page of another site has a browser of this machine send, where no key keeps it out.
+
+    Such a page's name may point at this machine (DNS rebinding), which shows in ``Host``; or it asks without that trick,
+    which shows in ``Origin``.
+    """
+    for name, address in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin"))):
+        if address is not None and not _is_here(address):
+            message = (
+                f"This service has no keys, so it answers this machine alone, and {name} says "
+                f"{headers.get(name.lower(), "")!r}. Make a key (luthier key create), or ask 127.0.0.1."
+            )
+            raise ApiError(403, message, code="forbidden_host")
+
+
+def _is_here(address: str) -> bool:
+    try:
+        name = urlsplit(address).hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _estimate(scope: Scope, headers: Headers) -> int:
