@@ -28,7 +28,9 @@ def test_without_keys_everybody_on_loopback_may_do_everything(start_live: Callab
         {"Origin": "null"},
     ],
 )
-def test_without_keys_pages_of_other_sites_are_refused(start_live: Callable[..., Live], headers: dict[str, str]) -> None:
+def test_without_keys_pages_of_other_sites_are_refused(
+    start_live: Callable[..., Live], headers: dict[str, str]
+) -> None:
     live = start_live()
     reply = httpx.get(f"{live.url}/v1/models", headers=headers)
     assert reply.status_code == 403

@@ -15,6 +15,7 @@ from luthier.records.training import TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample
 from luthier.train.engine.lanes import LANES, Lanes, forward, lane_count
 from luthier.train.engine.objectives.supervised import Supervised
+from luthier.train.engine.optimizers import make_optimizer, parameter_groups
 from luthier.train.plan import Material, plan_training
 from tests.train.test_batches import prepared
 from tests.train.test_exactness import assert_agree, gradients
@@ -47,6 +48,22 @@ def test_two_lanes_give_the_loss_and_gradient_of_one(tiny_base: Path, tmp_path: 
     again = in_lanes(objective, units, model, 2)
     assert again[0] == two[0]
     assert all(torch.equal(again[1][name], gradient) for name, gradient in two[1].items())
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_optimizer_moves_every_weight_against_its_gradient(tiny_base: Path, tmp_path: Path, count: int) -> None:
+    # A fused optimizer reads a gradient as it lies in memory: a view of a larger one is other numbers to it.
+    objective, units, model = prepared("supervised", tiny_base, tmp_path)
+    objective.tokens_per_row = 16
+    _, wanted = in_lanes(objective, units, model, count)
+    groups = parameter_groups(model, 1e-3, 0.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    make_optimizer("adamw", groups).step()
+    moved = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    for name, gradient in wanted.items():
+        learned = gradient.abs() > 1e-7
+        assert torch.equal(moved[name][learned].sign(), -gradient[learned].sign()), name
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -57,14 +57,15 @@ class Identity:
 def _refuse_other_sites(headers: Headers) -> None:
     """Refuse what a page of another site has a browser of this machine send, where no key keeps it out.
 
-    Such a page's name may point at this machine (DNS rebinding), which shows in ``Host``; or it asks without that trick,
-    which shows in ``Origin``.
+    Such a page's name may point at this machine (DNS rebinding), which shows in ``Host``; or it asks without that
+    trick, which shows in ``Origin``.
     """
-    for name, address in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin"))):
+    host, origin = headers.get("host", ""), headers.get("origin")
+    for name, said, address in (("Host", host, f"//{host}"), ("Origin", origin, origin)):
         if address is not None and not _is_here(address):
             message = (
-                f"This service has no keys, so it answers this machine alone, and {name} says "
-                f"{headers.get(name.lower(), "")!r}. Make a key (luthier key create), or ask 127.0.0.1."
+                f"This service has no keys, so it answers this machine alone, and {name} says {said!r}. "
+                "Make a key (luthier key create), or ask 127.0.0.1."
             )
             raise ApiError(403, message, code="forbidden_host")
 

@@ -92,7 +92,10 @@ class Lanes:
 
     def _add(self, gradients: Gradients) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = _sum(parameter.grad, gradient)
+            total = _sum(parameter.grad, gradient)
+            # Fused optimizers read a gradient as it lies in memory, and take it to lie as its parameter does.
+            fits = total is None or total.stride() == parameter.stride()
+            parameter.grad = total if fits or total is None else torch.empty_like(parameter).copy_(total)
 
 
 def forward(parts: Sequence[Part]) -> Iterator[PartOutcome]:
