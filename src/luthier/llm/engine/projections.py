@@ -50,18 +50,24 @@ class Projection:
     def forward(
         self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the outputs (T, O), added to ``onto`` where it is given, and x A' (T, R) for the backward pass."""
+        """Return the outputs (T, O), added to ``onto`` where it is given, and x A' (T, R) for the backward pass.
+
+        What an adapter adds is far smaller than what it is added to, at first: rounded to bfloat16, a sum would lose
+        it. So it is made first, and the large product is added onto it, which rounds once.
+        """
         weight_OI, bias = self._weight(x_TI.dtype), self._bias(x_TI.dtype)
-        if onto_TO is None:
-            y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias)
-        else:
-            y_TO = torch.addmm(onto_TO, x_TI, weight_OI.T)
-            if bias is not None:
-                y_TO += bias
         if not self._ranks:
-            return y_TO, None
-        low_TR = x_TI @ self._down(x_TI.dtype).T
-        return y_TO.addmm_(low_TR, self._up(x_TI.dtype).T), low_TR
+            if onto_TO is None:
+                return torch.nn.functional.linear(x_TI, weight_OI, bias), None
+            y_TO, low_TR = torch.addmm(onto_TO, x_TI, weight_OI.T), None
+        else:
+            low_TR = x_TI @ self._down(x_TI.dtype).T
+            y_TO = (low_TR @ self._up(x_TI.dtype).T).addmm_(x_TI, weight_OI.T)
+            if onto_TO is not None:
+                y_TO += onto_TO
+        if bias is not None:
+            y_TO += bias
+        return y_TO, low_TR
 
     def backward(
         self, dy_TO: torch.Tensor, x_TI: torch.Tensor, low_TR: torch.Tensor | None, *, input_needed: bool = True
@@ -76,10 +82,10 @@ class Projection:
             gradients += self._part_gradients(part, dy_TO, x_TI, ddown_RI, dup_OR)
         if not input_needed:
             return None, gradients
-        dx_TI = dy_TO @ self._weight(dy_TO.dtype)
-        if dlow_TR is not None:
-            dx_TI.addmm_(dlow_TR, self._down(x_TI.dtype))
-        return dx_TI, gradients
+        weight_OI = self._weight(dy_TO.dtype)
+        if dlow_TR is None:
+            return dy_TO @ weight_OI, gradients
+        return (dlow_TR @ self._down(x_TI.dtype)).addmm_(dy_TO, weight_OI), gradients
 
     @staticmethod
     def _part_gradients(
