@@ -310,23 +310,31 @@ typedef struct {
     narrow *weights;                                    /* left operand over keys (Q, S) */
     float *weight_rows;                                 /* right operand over queries: words (Q / PAIR, S) */
     float *out;                                         /* (Q, D) */
-    void *all;
+    float *all;
 } scratch;
+
+/* Returns the next part of a piece of memory, of so many words. */
+INLINE void *take(float **next, size_t words)
+{
+    float *part = *next;
+    *next += words;
+    return part;
+}
 
 static int make_scratch(scratch *s, int64_t keys, int64_t width)
 {
     size_t tokens = (size_t)(padded(keys) * width), square = (size_t)(QUERIES * padded(keys));
     size_t part = (size_t)(QUERIES * width);
-    void **parts[] = {(void **)&s->rows, (void **)&s->key_rows, (void **)&s->value_rows, (void **)&s->key_columns,
-                      (void **)&s->value_columns, (void **)&s->dkey, (void **)&s->dvalue, (void **)&s->query,
-                      (void **)&s->dout, (void **)&s->query_columns, (void **)&s->dout_columns, (void **)&s->out,
-                      (void **)&s->scores, (void **)&s->dscores, (void **)&s->weights, (void **)&s->weight_rows};
-    char *next = s->all = malloc(sizeof(float) * (7 * tokens + 5 * part + 4 * square));
+    float *next = s->all = malloc(sizeof(float) * (7 * tokens + 5 * part + 4 * square));
     if (!next) return 0;
-    for (int i = 0; i < 16; i++) {
-        *parts[i] = next;
-        next += sizeof(float) * (i < 7 ? tokens : i < 12 ? part : square);
-    }
+    s->rows = take(&next, tokens);
+    s->key_rows = take(&next, tokens), s->value_rows = take(&next, tokens);
+    s->key_columns = take(&next, tokens), s->value_columns = take(&next, tokens);
+    s->dkey = take(&next, tokens), s->dvalue = take(&next, tokens);
+    s->query = take(&next, part), s->query_columns = take(&next, part);
+    s->dout = take(&next, part), s->dout_columns = take(&next, part), s->out = take(&next, part);
+    s->scores = take(&next, square), s->dscores = take(&next, square);
+    s->weights = take(&next, square), s->weight_rows = take(&next, square);
     return 1;
 }
 

@@ -103,8 +103,7 @@ class Projection:
         if part.down_RI is None or part.up_OR is None or ddown_RI is None or dup_OR is None or not part.is_learning:
             return
         yield ddown_RI[part.ranks].to(part.down_RI.dtype)
-        # Of its own memory: fused optimizers take a gradient to lie as its parameter does.
-        yield torch.mul(dup_OR[part.outputs, part.ranks].to(part.up_OR.dtype), part.scale).contiguous()
+        yield dup_OR[part.outputs, part.ranks].to(part.up_OR.dtype).mul(part.scale)
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
         if self._fused_OI is not None:

@@ -92,10 +92,10 @@ class Lanes:
 
     def _add(self, gradients: Gradients) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            total = _sum(parameter.grad, gradient)
-            # Fused optimizers read a gradient as it lies in memory, and take it to lie as its parameter does.
-            fits = total is None or total.stride() == parameter.stride()
-            parameter.grad = total if fits or total is None else torch.empty_like(parameter).copy_(total)
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # Fused optimizers read a gradient as it lies in memory, and take it to lie as its parameter does.
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = _sum(parameter.grad, gradient)
 
 
 def forward(parts: Sequence[Part]) -> Iterator[PartOutcome]:
