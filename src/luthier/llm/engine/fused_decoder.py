@@ -3,8 +3,8 @@
 A layer is one autograd function. It keeps what is costly to make again (the queries, keys and values, what attention
 gives, the two halves of the gate) and makes again what is cheap (norms, the gate's product); with ``recompute`` it
 keeps its input alone. Linear layers that read the same input are one product (:mod:`luthier.llm.engine.projections`),
-the residual sums ride on the products, and frozen layers below the lowest trained one keep nothing. The numbers are
-those of transformers' own modules (``tests/llm/test_fused_decoder.py``).
+and frozen layers below the lowest trained one keep nothing. The numbers are those of transformers' own modules
+(``tests/llm/test_fused_decoder.py``).
 
 Names end in their dimensions: T tokens, E model width, F intermediate width, H query heads, K key heads, D head width,
 C = H + 2 K; R rank of the adapters of a projection; M those tokens whose last hidden states are asked for.
