@@ -95,6 +95,12 @@ def test_precision_follows_the_machine() -> None:
     assert make_plan(50).resolved.precision == "bfloat16"
 
 
+def test_a_precision_that_was_timed_says_what_was_seen() -> None:
+    slow = MACHINE.model_copy(update={"has_fast_bfloat16": False, "bfloat16_speed": 0.5})
+    reasons = {value.name: value.reason for value in make_plan(50, slow).reasons}
+    assert "lacks fast bfloat16 products (0.5 times float32's rate)" in reasons["precision"]
+
+
 def test_steps_cover_all_passes() -> None:
     plan = make_plan(100, epochs=2, batch_size=16)
     assert plan.steps == 13  # 200 visits in batches of 16

@@ -60,7 +60,8 @@ class Machine(Record):
     """What the machine has, as far as plans and choices depend on it. Rates are measured, in FLOP per second.
 
     ``memory_bytes`` is what a run may hold on the device that it computes on, ``main_memory_bytes`` what it may hold
-    beside a GPU (None: they are the same memory).
+    beside a GPU (None: they are the same memory). ``bfloat16_speed`` is how many times as fast a processor's bfloat16
+    products are as its float32 ones (None: it has no instructions for them, or it is a GPU).
     """
 
     cores: int = Field(ge=1)
@@ -69,6 +70,7 @@ class Machine(Record):
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     device_name: str = ""
     has_fast_bfloat16: bool
+    bfloat16_speed: float | None = None
     matmul_flops: float
 
 

@@ -1,0 +1,47 @@
+"""What is measured of the machine before a plan is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from luthier.llm.engine import torch_model
+
+
+@pytest.fixture(autouse=True)
+def _measure_again() -> Iterator[None]:
+    torch_model._bfloat16_speed.cache_clear()
+    yield
+    torch_model._bfloat16_speed.cache_clear()
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, flags: str, float32: float, bfloat16: float) -> None:
+    rates = {torch.float32: float32, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(torch_model, "_cpu_line", lambda *names: flags)
+    monkeypatch.setattr(torch_model, "_matmul_flops", lambda here, *dtypes: [rates[dtype] for dtype in dtypes])
+
+
+@pytest.mark.parametrize(
+    ("flags", "float32", "bfloat16", "fast"),
+    [
+        ("fpu avx512_bf16", 200e9, 900e9, True),
+        ("fpu avx512_bf16", 330e9, 170e9, False),  # an Intel Xeon of 2024 with its matrix unit hidden
+        ("fpu avx512f", 330e9, 900e9, False),
+    ],
+)
+def test_bfloat16_is_fast_where_the_processor_has_it_and_is_seen_to_be(
+    monkeypatch: pytest.MonkeyPatch, flags: str, float32: float, bfloat16: float, fast: bool
+) -> None:
+    _pretend(monkeypatch, flags, float32, bfloat16)
+    machine = torch_model.measure_machine()
+    assert machine.has_fast_bfloat16 == fast
+    assert machine.matmul_flops == (bfloat16 if fast else float32)
+
+
+def test_this_machine_is_measured() -> None:
+    machine = torch_model.measure_machine()
+    assert machine.matmul_flops > 1e9  # a rate in FLOP per second, whatever the machine
+    assert machine.device_name
+    assert machine.has_fast_bfloat16 == torch_model.has_fast_bfloat16(torch_model.device())
