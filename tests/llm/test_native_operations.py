@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from luthier.llm.engine.kernels import find_kernels
-from luthier.llm.engine.layer_operations import LayerOperations
+from luthier.llm.engine.layer_operations import Adapter, LayerOperations
 from luthier.llm.engine.native_operations import NativeOperations, log_softmax_in_place, operations_for
 from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
@@ -108,6 +108,58 @@ def test_attention(
     found = native.attend_backward(dout, out, qkv, heads, layout)
     assert_close(found, TORCH.attend_backward(dout.float(), exact, qkv.float(), heads, layout), dtype)
     assert torch.equal(found, native.attend_backward(dout, out, qkv, heads, layout)), "a second run differs"
+
+
+def adapters(outputs: list[int], inputs: int, rank: int, scales: list[float]) -> list[Adapter]:
+    found, first = list[Adapter](), 0
+    for index, (count, scale) in enumerate(zip(outputs, scales, strict=True)):
+        down = torch.nn.Parameter(numbers(rank, inputs, dtype=torch.float32, seed=index) / 8)
+        up = torch.nn.Parameter(numbers(count, rank, dtype=torch.float32, seed=9 + index) / 8)
+        ranks = slice(index * rank, (index + 1) * rank)
+        found.append(Adapter(down, up, scale, slice(first, first + count), ranks))
+        first += count
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 24, 71])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "rank", "scales"),
+    [
+        ([64], 96, 16, [2.0]),
+        ([96, 32, 48], 80, 16, [2.0, 2.0, 2.0]),
+        ([144, 144], 176, 32, [0.5, 0.5]),
+        ([64, 32], 64, 8, [2.0, 2.0]),  # of these ranks and scales torch takes care
+        ([64, 32], 64, 16, [2.0, 1.0]),
+    ],
+)
+def test_adapters(
+    native: NativeOperations,
+    dtype: torch.dtype,
+    threads: int,
+    tokens: int,
+    outputs: list[int],
+    inputs: int,
+    rank: int,
+    scales: list[float],
+) -> None:
+    given = adapters(outputs, inputs, rank, scales)
+    x, dy = numbers(tokens, inputs, dtype=dtype), numbers(tokens, sum(outputs), dtype=dtype, seed=1)
+    y, low = native.adapt(x, given, sum(outputs))
+    exact_y, exact_low = TORCH.adapt(x.float(), given, sum(outputs))
+    assert_close(y, exact_y, dtype)
+    assert_close(low, exact_low, dtype)
+    dx, dlow = native.adapt_backward(dy, given)
+    exact_dx, exact_dlow = TORCH.adapt_backward(dy.float(), given)
+    assert_close(dx, exact_dx, dtype)
+    assert_close(dlow, exact_dlow, dtype)
+    found = native.adapter_gradients(dy, x, low, dlow, given)
+    exact = TORCH.adapter_gradients(dy.float(), x.float(), low.float(), dlow.float(), given)
+    for ours, theirs in zip(found, exact, strict=True):
+        for gradient, wanted in zip(ours, theirs, strict=True):
+            assert gradient.dtype == torch.float32
+            assert gradient.stride() == wanted.stride() == (wanted.shape[1], 1)
+            assert float((gradient - wanted).norm()) <= TOLERANCE[dtype] * float(wanted.norm()) + 1e-6
 
 
 def test_log_softmax_and_its_gradient(native: NativeOperations, dtype: torch.dtype, threads: int) -> None:

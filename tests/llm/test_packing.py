@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from luthier.llm.rows import _first_fit, _level
+from luthier.llm.rows import _first_fit
 
 
 def first_fit(sizes: list[int], room_per_bin: int) -> list[list[int]]:
@@ -29,8 +29,3 @@ def test_rows_are_filled_first_fit_by_decreasing_length(seed: int) -> None:
         sizes = [draw.randrange(1, 120) for _ in range(draw.randrange(50))]
         room = draw.randrange(-5, 150)  # what is longer than a row, or a prefix, has a row of its own
         assert _first_fit(sizes, room) == first_fit(sizes, room)
-
-
-def test_the_next_longest_goes_to_the_bin_that_has_least_the_first_of_several() -> None:
-    assert _level([5, 4, 3, 3, 1], 2) == [[0, 3], [1, 2, 4]]
-    assert _level([2, 2, 2], 3) == [[0], [1], [2]]

@@ -8,9 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from luthier.llm.engine.layer_operations import LayerOperations
+from luthier.llm.engine.native_operations import operations_for
 from luthier.llm.engine.projections import Projection
 
 WIDTH, TOKENS = 64, 256
+OPERATIONS = [LayerOperations(), operations_for(torch.bfloat16, torch.device("cpu"))]
 LITTLE = 2e-4  # what a first step of Adam moves a weight
 
 
@@ -36,9 +39,12 @@ def up(layer: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("onto", [False, True])
-def test_a_bfloat16_sum_keeps_on_average_what_an_adapter_adds(count: int, onto: bool) -> None:
+@pytest.mark.parametrize("operations", OPERATIONS, ids=["torch", "fastest"])
+def test_a_bfloat16_sum_keeps_on_average_what_an_adapter_adds(
+    operations: LayerOperations, count: int, onto: bool
+) -> None:
     adapted = layers(count)
-    projection = Projection(list(adapted.values()))
+    projection = Projection(list(adapted.values()), operations)
     x = torch.randn(TOKENS, WIDTH).to(torch.bfloat16)
     base = x.float() @ torch.cat([layer.get_base_layer().weight.float() for layer in adapted.values()]).T
     added = torch.cat([x.float() @ down(layer).T @ up(layer).T * 2.0 for layer in adapted.values()], 1).detach()

@@ -22,6 +22,7 @@ from luthier.train.engine.objectives.kto import Kto
 from luthier.train.engine.objectives.labelled import Labelled
 from luthier.train.engine.objectives.preference import Dpo, Orpo, Reward
 from luthier.train.engine.objectives.supervised import Supervised
+from luthier.train.engine.optimizers import make_optimizer, parameter_groups
 
 WIDE, MIDDLE, NARROW = 4096, 64, 8
 WEIGHTS = (1.0, 0.25, 3.0, 0.0, 2.0)
@@ -95,6 +96,19 @@ def test_parts_add_up_to_the_whole_batch(tiny_base: Path, tmp_path: Path, method
         smaller = replace(objective, tokens_per_row=tokens_per_row)
         assert len(smaller.losses(units, training=True)) > 1
         assert_agree(ours(smaller, units, model), whole)
+
+
+def test_the_optimizer_moves_every_weight_against_its_gradient(tiny_base: Path, tmp_path: Path) -> None:
+    # A fused optimizer reads a gradient as it lies in memory: a view of a larger one is other numbers to it.
+    objective, units, model = prepared("supervised", tiny_base, tmp_path)
+    _, wanted = ours(replace(objective, tokens_per_row=NARROW), units, model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    make_optimizer("adamw", parameter_groups(model, 1e-3, 0.0)).step()
+    moved = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    for name, gradient in wanted.items():
+        learned = gradient.abs() > 1e-7
+        assert learned.any()
+        assert torch.equal(moved[name][learned].sign(), -gradient[learned].sign()), name
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo", "ipo", "reward"])

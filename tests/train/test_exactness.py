@@ -43,7 +43,7 @@ Outcome = tuple[float, dict[str, torch.Tensor]]
 
 def adapter(model: Any, task: str = "CAUSAL_LM") -> Any:
     torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task))
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task))
 
 
 def perturb(model: Any, seed: int, size: float = 0.05) -> None:

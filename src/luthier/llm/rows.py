@@ -10,13 +10,10 @@ A token sees its group's prefix and what stands before it in its own rest. See :
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from luthier.templates.renderer import TokenizedExample
-
-LEAST_IN_LANE = 64  # tokens; with less, a row of its own costs more than it gains
 
 
 @dataclass(frozen=True)
@@ -69,20 +66,19 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> int:
     return max(0, min(length, limit))
 
 
-def pack(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int, lanes: int = 1) -> list[Row]:
+def pack(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int) -> list[Row]:
     """Pack examples that all share ``prefix`` tokens into rows of at most ``tokens_per_row`` tokens.
 
     An example that is longer gets a row of its own. First fit by decreasing length; the examples' order has no
-    influence on the loss of their batch. ``lanes`` rows go through the model at once, and share its tokens: they are
-    made of similar length.
+    influence on the loss of their batch.
     """
     sizes = [len(example.tokens) - prefix for example in examples]
-    bins = _bins(sizes, tokens_per_row, lanes, prefix)
+    bins = _first_fit(sizes, tokens_per_row - prefix)
     return [_row(examples, [(members, prefix)]) for members in bins]
 
 
 def pack_groups(
-    examples: Sequence[TokenizedExample], groups: Sequence[Sequence[int]], tokens_per_row: int, lanes: int = 1
+    examples: Sequence[TokenizedExample], groups: Sequence[Sequence[int]], tokens_per_row: int
 ) -> list[Row]:
     """Pack groups of examples, given by index, into rows; the members of a group share a prefix and stay together.
 
@@ -93,38 +89,13 @@ def pack_groups(
         prefix + sum(len(examples[index].tokens) - prefix for index in members)
         for members, prefix in zip(groups, prefixes, strict=True)
     ]
-    bins = _bins(sizes, tokens_per_row, lanes)
+    bins = _first_fit(sizes, tokens_per_row)
     return [_row(examples, [(groups[place], prefixes[place]) for place in places]) for places in bins]
 
 
 def _tokens_before_loss(example: TokenizedExample) -> int:
     last = len(example.tokens) - 1
     return min(last, example.loss_mask.index(True) - 1) if True in example.loss_mask else last
-
-
-def _bins(sizes: Sequence[int], tokens_per_row: int, lanes: int, prefix: int = 0) -> list[list[int]]:
-    """Return bins of indices, one per row; for several lanes as many for each, of similar size."""
-    if lanes == 1 or len(sizes) < lanes or sum(sizes) < lanes * LEAST_IN_LANE:
-        return _first_fit(sizes, tokens_per_row - prefix)
-    room = max(1, tokens_per_row // lanes - prefix)
-    count = -(-sum(sizes) // room)
-    while True:
-        count = -(-count // lanes) * lanes
-        bins = _level(sizes, min(count, len(sizes)))
-        if count >= len(sizes) or all(len(bin) == 1 or sum(sizes[i] for i in bin) <= room for bin in bins):
-            return bins
-        count += max(lanes, count // 64)
-
-
-def _level(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Return ``count`` bins of similar size: the largest first, each into the bin that has least (Graham 1969)."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    least = [(0, place) for place in range(count)]  # a heap
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        filled, place = least[0]
-        bins[place].append(index)
-        heapq.heapreplace(least, (filled + sizes[index], place))
-    return bins
 
 
 def _first_fit(sizes: Sequence[int], room_per_bin: int) -> list[list[int]]:

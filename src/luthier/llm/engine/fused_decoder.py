@@ -141,10 +141,10 @@ class _Layer:
         self._do = operations
         self._norm = _Norm(block.input_layernorm, operations)
         self._middle_norm = _Norm(block.post_attention_layernorm, operations)
-        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = Projection([attention.o_proj])
-        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj])
-        self._down = Projection([mlp.down_proj])
+        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], operations)
+        self._out = Projection([attention.o_proj], operations)
+        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj], operations)
+        self._down = Projection([mlp.down_proj], operations)
         width = attention.head_dim
         self._heads = Heads(
             attention.q_proj.out_features // width, attention.k_proj.out_features // width, attention.scaling

@@ -553,6 +553,207 @@ int attend_backward(number *dqkv, float *sums, const number *dout, const number 
     return failed;
 }
 
+#define ADAPTED 24 /* tokens of a tile: a multiple of TILE_ROWS */
+#define COLUMNS (4 * LANES)
+
+/* Low-rank adapters of layers that read the same input. Part p has the outputs from ends[p - 1] up to ends[p], and in all
+ * that is low-rank (T, R) the columns from p rank; its weights are down (rank, I) and up (outputs, rank), in float32. */
+INLINE const float *up_row(const float *const *up, const int64_t *ends, int64_t rank, int64_t output)
+{
+    int64_t part = 0;
+    while (output >= ends[part]) part++;
+    return up[part] + (output - (part ? ends[part - 1] : 0)) * rank;
+}
+
+INLINE int64_t blocks_of(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+
+INLINE float pack(float even, float odd) /* the word of two numbers along the inner dimension, or of the one */
+{
+#if PAIR == 2
+    return join(all(even), all(odd))[0];
+#else
+    (void)odd;
+    return even;
+#endif
+}
+
+/* Rows of numbers as left operands: as they are, or converted into `held`. */
+INLINE const narrow *operand(narrow *held, const number *rows, int64_t count)
+{
+#if PAIR == 2 || NUMBER_BITS == 32
+    (void)held, (void)count;
+    return rows;
+#else
+    for (int64_t i = 0; i < count; i += LANES) narrow_down(held + i, read(rows + i));
+    return held;
+#endif
+}
+
+/* Rounds sums to numbers; gives them as left operands too where `to` is not NULL. */
+INLINE void settle(number *numbers, narrow *to, const float *sums, int64_t count)
+{
+    for (int64_t i = 0; i < count; i += LANES) {
+        write(numbers + i, load(sums + i));
+        if (to) narrow_down(to + i, read(numbers + i));
+    }
+}
+
+/* The product of a tile, as numbers. Where those are float32 they are made in their place. */
+#if NUMBER_BITS == 32
+#define IN_PLACE(numbers, held) (numbers)
+#define SETTLE(numbers, held, count) (void)0
+#else
+#define IN_PLACE(numbers, held) (held)
+#define SETTLE(numbers, held, count) settle(numbers, NULL, held, count)
+#endif
+
+/* low = x down', y = low (scale up)' */
+int adapt(number *y, number *low, const number *x, const float *const *down, const float *const *up,
+          const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale, int threads)
+{
+    int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
+    int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
+    float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
+    if (!memory) return 1;
+    float *over_inputs = memory, *over_ranks = memory + inputs * all_ranks; /* words (I / PAIR, R), (rank / PAIR, O) */
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *out = over_ranks + rank * outputs + THREAD * tile_words, *sums = out + ADAPTED * outputs;
+        narrow *held = (narrow *)(sums + ADAPTED * all_ranks), *left = held + ADAPTED * inputs;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < inputs; i += PAIR)
+            for (int64_t r = 0; r < all_ranks; r++) {
+                const float *from = down[r / rank] + r % rank * inputs + i;
+                over_inputs[i / PAIR * all_ranks + r] = pack(from[0], from[PAIR - 1]);
+            }
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o++) {
+            const float *from = up_row(up, ends, rank, o);
+            for (int64_t r = 0; r < rank; r += PAIR)
+                over_ranks[r / PAIR * outputs + o] = pack(from[r] * scale, from[r + PAIR - 1] * scale);
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t += ADAPTED) {
+            int64_t rows = tokens - t < ADAPTED ? tokens - t : ADAPTED;
+            number *to = y + t * outputs;
+            product(sums, all_ranks, operand(held, x + t * inputs, rows * inputs), inputs, over_inputs, all_ranks, rows,
+                    inputs, all_ranks, 0);
+            settle(low + t * all_ranks, left, sums, rows * all_ranks);
+            for (int64_t part = 0, first = 0; part < parts; first = ends[part++])
+                product(IN_PLACE(to, out) + first, outputs, left + part * rank, all_ranks, over_ranks + first, outputs,
+                        rows, rank, ends[part] - first, 0);
+            SETTLE(to, out, rows * outputs);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* dlow = dy (scale up), dx = dlow down */
+int adapt_backward(number *dx, number *dlow, const number *dy, const float *const *down, const float *const *up,
+                   const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale,
+                   int threads)
+{
+    int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
+    int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
+    float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
+    if (!memory) return 1;
+    float *over_ranks = memory, *over_outputs = memory + inputs * all_ranks; /* words (R / PAIR, I), (O / PAIR, rank) */
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *out = over_outputs + rank * outputs + THREAD * tile_words, *sums = out + ADAPTED * inputs;
+        narrow *held = (narrow *)(sums + ADAPTED * all_ranks), *left = held + ADAPTED * outputs;
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < all_ranks; r += PAIR) {
+            const float *from = down[r / rank] + r % rank * inputs;
+            for (int64_t i = 0; i < inputs; i++)
+                over_ranks[r / PAIR * inputs + i] = pack(from[i], from[(PAIR - 1) * inputs + i]);
+        }
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o += PAIR) {
+            const float *from = up_row(up, ends, rank, o);
+            for (int64_t r = 0; r < rank; r++)
+                over_outputs[o / PAIR * rank + r] = pack(from[r] * scale, from[(PAIR - 1) * rank + r] * scale);
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t += ADAPTED) {
+            int64_t rows = tokens - t < ADAPTED ? tokens - t : ADAPTED;
+            number *to = dx + t * inputs;
+            const narrow *from = operand(held, dy + t * outputs, rows * outputs);
+            for (int64_t part = 0, first = 0; part < parts; first = ends[part++])
+                product(sums + part * rank, all_ranks, from + first, outputs, over_outputs + first / PAIR * rank, rank,
+                        rows, ends[part] - first, rank, 0);
+            settle(dlow + t * all_ranks, left, sums, rows * all_ranks);
+            product(IN_PLACE(to, out), inputs, left, all_ranks, over_ranks, inputs, rows, all_ranks, inputs, 0);
+            SETTLE(to, out, rows * inputs);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* Copies columns of numbers (T, up to COLUMNS) as right operands over tokens, in rows of COLUMNS words. */
+INLINE void over_tokens(float *to, const number *from, int64_t width, int64_t tokens, int64_t columns)
+{
+    for (int64_t t = 0; t < tokens; t += PAIR)
+        for (int64_t c = 0; c < columns; c += LANES) {
+            vector values = read(from + t * width + c);
+#if PAIR == 2
+            values = join(values, t + 1 < tokens ? read(from + (t + 1) * width + c) : (vector){0});
+#endif
+            store(to + t / PAIR * COLUMNS + c, values);
+        }
+}
+
+/* ddown (R, I) = dlow' x; dup (O, rank) = scale dy' low, each output with the columns of its part; in float32. */
+int adapter_gradients(float *ddown, float *dup, const number *dy, const number *x, const number *low,
+                      const number *dlow, const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens,
+                      int64_t inputs, float scale, int threads)
+{
+    int64_t outputs = ends[parts - 1], all_ranks = parts * rank, length = paired(tokens);
+    int64_t words = length * COLUMNS + all_ranks * COLUMNS;
+    float *memory = malloc(sizeof(float) * (size_t)(2 * all_ranks * length + threads * words));
+    if (!memory) return 1;
+    narrow *low_rows = (narrow *)memory, *dlow_rows = low_rows + all_ranks * length; /* (R, T) */
+    int64_t input_blocks = blocks_of(inputs), blocks = input_blocks;
+    for (int64_t part = 0, first = 0; part < parts; first = ends[part++]) blocks += blocks_of(ends[part] - first);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *right = memory + 2 * all_ranks * length + THREAD * words, *sums = right + length * COLUMNS;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < length; t += LANES)
+            for (int64_t r = 0; r < all_ranks; r += LANES)
+                for (int64_t at = t; at < length && at < t + LANES; at++) {
+                    vector own = at < tokens ? read(low + at * all_ranks + r) : (vector){0};
+                    vector back = at < tokens ? read(dlow + at * all_ranks + r) : (vector){0};
+                    narrow own_row[LANES], back_row[LANES];
+                    narrow_down(own_row, own), narrow_down(back_row, back);
+                    for (int i = 0; i < LANES; i++) {
+                        low_rows[(r + i) * length + at] = own_row[i];
+                        dlow_rows[(r + i) * length + at] = back_row[i];
+                    }
+                }
+#pragma omp for schedule(static, 1)
+        for (int64_t block = 0; block < blocks; block++) {
+            if (block < input_blocks) {
+                int64_t at = block * COLUMNS, columns = inputs - at < COLUMNS ? inputs - at : COLUMNS;
+                over_tokens(right, x + at, inputs, tokens, columns);
+                product(ddown + at, inputs, dlow_rows, length, right, COLUMNS, all_ranks, length, columns, 0);
+                continue;
+            }
+            int64_t own = block - input_blocks, part = 0, first = 0; /* of the part's blocks */
+            for (; own >= blocks_of(ends[part] - first); first = ends[part++]) own -= blocks_of(ends[part] - first);
+            int64_t at = first + own * COLUMNS, columns = ends[part] - at < COLUMNS ? ends[part] - at : COLUMNS;
+            over_tokens(right, dy + at, outputs, tokens, columns);
+            product(sums, COLUMNS, low_rows + part * rank * length, length, right, COLUMNS, rank, length, columns, 0);
+            for (int64_t c = 0; c < columns; c++)
+                for (int64_t r = 0; r < rank; r++) dup[(at + c) * rank + r] = sums[r * COLUMNS + c] * scale;
+        }
+    }
+    free(memory);
+    return 0;
+}
+
 /* Of each row of logits (B, V): the log-probability of its target, the token with the largest logit, and, where wanted,
  * in the logits' place the gradient of that log-probability, onehot(target) - softmax. */
 int log_softmax(float *logprobs, int64_t *chosen, number *logits, const int64_t *targets, int64_t rows,

@@ -3,10 +3,13 @@
 :class:`~luthier.llm.engine.native_operations.NativeOperations` does the same in one pass each, on a processor.
 
 Names end in their dimensions: T tokens, E model width, F intermediate width, X heads of one kind, C heads of all kinds,
-D head width.
+D head width; I inputs and O outputs of layers with adapters, R their ranks, one after the other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,8 +20,22 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 """The cosines and sines of each token's angles, (T, 1, D) each, in float32."""
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank adapter of a layer among others that read the same input: its weights, and its place among theirs.
+
+    ``down_RI`` and ``up_OR`` are the A and B of Hu et al. 2021 (arXiv 2106.09685), ``scale`` the factor on B A.
+    """
+
+    down_RI: torch.nn.Parameter
+    up_OR: torch.nn.Parameter
+    scale: float
+    outputs: slice
+    ranks: slice
+
+
 class LayerOperations:
-    """What a layer does besides its projections; inputs and outputs are in the type that the layer computes in."""
+    """What a layer does besides its large products; inputs and outputs are in the type that the layer computes in."""
 
     def norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, epsilon: float) -> torch.Tensor:
         """Return w x / rms(x) over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
@@ -69,6 +86,31 @@ class LayerOperations:
         heads_TXD[..., :half].addcmul_(second_TXd, low_T1d, value=-sign)
         heads_TXD[..., half:].addcmul_(first_TXd, high_T1d, value=sign)
 
+    def adapt(self, x_TI: torch.Tensor, adapters: Sequence[Adapter], outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what adapters add to the outputs of their layers, s (x A') B' (T, O), and x A' (T, R)."""
+        low_TR = x_TI @ _down(adapters, x_TI.dtype).T
+        return low_TR @ _up(adapters, outputs, x_TI.dtype).T, low_TR
+
+    def adapt_backward(self, dy_TO: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of the input, through the adapters alone, and of x A', s dy B."""
+        dlow_TR = dy_TO @ _up(adapters, dy_TO.shape[-1], dy_TO.dtype)
+        return dlow_TR @ _down(adapters, dy_TO.dtype), dlow_TR
+
+    def adapter_gradients(
+        self,
+        dy_TO: torch.Tensor,
+        x_TI: torch.Tensor,
+        low_TR: torch.Tensor,
+        dlow_TR: torch.Tensor,
+        adapters: Sequence[Adapter],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the gradients of each adapter's weights, (s dy B)' x and s dy' (x A')."""
+        ddown_RI, dup_OR = dlow_TR.T @ x_TI, dy_TO.T @ low_TR
+        return [
+            (ddown_RI[one.ranks].to(one.down_RI.dtype), dup_OR[one.outputs, one.ranks].to(one.up_OR.dtype) * one.scale)
+            for one in adapters
+        ]
+
     def attend(self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tensor:
         """Return what each query head sees, (T, H, D)."""
         return attend(qkv_TCD, heads, layout)
@@ -89,3 +131,15 @@ def inverse_rms(x_TE: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Return 1 / rms(x) over the last dimension, (T, 1), in float32."""
     norm_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True, dtype=torch.float32)
     return norm_T1.square_().div_(x_TE.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _down(adapters: Sequence[Adapter], dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([one.down_RI for one in adapters]).to(dtype)
+
+
+def _up(adapters: Sequence[Adapter], outputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return s B of all adapters, (O, R): each has its own rows and columns, and zeros are elsewhere."""
+    up_OR = adapters[0].up_OR.new_zeros(outputs, adapters[-1].ranks.stop, dtype=dtype)
+    for one in adapters:
+        torch.mul(one.up_OR, one.scale, out=up_OR[one.outputs, one.ranks])
+    return up_OR

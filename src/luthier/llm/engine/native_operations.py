@@ -6,13 +6,14 @@ falls back to torch, operation by operation.
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import CDLL, Array, c_float, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
 
 from luthier.llm.engine.kernels import find_kernels
-from luthier.llm.engine.layer_operations import LayerOperations, Rope
+from luthier.llm.engine.layer_operations import Adapter, LayerOperations, Rope
 from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
 
@@ -82,6 +83,42 @@ class NativeOperations(LayerOperations):
         sign = -1.0 if back else 1.0
         self._run("rotate", heads_TXD, *rope, tokens, count, heads_TXD.stride(0), width, sign)
 
+    def adapt(self, x_TI: torch.Tensor, adapters: Sequence[Adapter], outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`LayerOperations.adapt`."""
+        if not self._take(x_TI) or not _are_alike(adapters, outputs):
+            return super().adapt(x_TI, adapters, outputs)
+        y_TO, low_TR = x_TI.new_empty(len(x_TI), outputs), x_TI.new_empty(len(x_TI), adapters[-1].ranks.stop)
+        self._run("adapt", y_TO, low_TR, x_TI, *_weights(adapters), *_sizes(adapters, x_TI), adapters[0].scale)
+        return y_TO, low_TR
+
+    def adapt_backward(self, dy_TO: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`LayerOperations.adapt_backward`."""
+        if not self._take(dy_TO) or not _are_alike(adapters, dy_TO.shape[-1]):
+            return super().adapt_backward(dy_TO, adapters)
+        dx_TI = dy_TO.new_empty(len(dy_TO), adapters[0].down_RI.shape[-1])
+        dlow_TR = dy_TO.new_empty(len(dy_TO), adapters[-1].ranks.stop)
+        sizes = _sizes(adapters, dx_TI)
+        self._run("adapt_backward", dx_TI, dlow_TR, dy_TO, *_weights(adapters), *sizes, adapters[0].scale)
+        return dx_TI, dlow_TR
+
+    def adapter_gradients(
+        self,
+        dy_TO: torch.Tensor,
+        x_TI: torch.Tensor,
+        low_TR: torch.Tensor,
+        dlow_TR: torch.Tensor,
+        adapters: Sequence[Adapter],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """See :meth:`LayerOperations.adapter_gradients`."""
+        outputs = dy_TO.shape[-1]
+        if not self._take(dy_TO, x_TI, low_TR, dlow_TR) or not _are_alike(adapters, outputs):
+            return super().adapter_gradients(dy_TO, x_TI, low_TR, dlow_TR, adapters)
+        ranks, inputs = low_TR.shape[-1], x_TI.shape[-1]
+        ddown_RI, dup_OR = torch.empty(ranks, inputs), torch.empty(outputs, ranks // len(adapters))
+        given = (ddown_RI, dup_OR, dy_TO, x_TI, low_TR, dlow_TR, *_sizes(adapters, x_TI), adapters[0].scale)
+        self._run("adapter_gradients", *given)
+        return [(ddown_RI[one.ranks], dup_OR[one.outputs]) for one in adapters]
+
     def attend(self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tensor:
         """See :meth:`LayerOperations.attend`."""
         if not self._take(qkv_TCD):
@@ -124,7 +161,7 @@ class NativeOperations(LayerOperations):
     def _take(self, *values: torch.Tensor) -> bool:
         return all(v.dtype == self._dtype and v.is_contiguous() and v.shape[-1] % LANES == 0 for v in values)
 
-    def _run(self, name: str, *arguments: torch.Tensor | float) -> None:
+    def _run(self, name: str, *arguments: torch.Tensor | Array[Any] | float) -> None:
         """Call a kernel, which gets the memory of tensors; other threads of Python go on meanwhile."""
         given = [_argument(argument) for argument in arguments]
         if getattr(self._kernels, name)(*given, c_int(torch.get_num_threads())):
@@ -145,7 +182,40 @@ def log_softmax_in_place(
     return found.log_softmax(logits_BV, targets_B, gradient=gradient)
 
 
-def _argument(value: torch.Tensor | float) -> Any:
+def _are_alike(adapters: Sequence[Adapter], outputs: int) -> bool:
+    """Return whether each of the layers has an adapter, of the same rank and scale, as the kernels take them."""
+    rank, scale = adapters[0].up_OR.shape[-1], adapters[0].scale
+    starts = [0, *(one.outputs.stop for one in adapters)]
+    return (
+        rank % LANES == 0
+        and starts[-1] == outputs
+        and all(
+            one.outputs.start == start
+            and one.outputs.stop % LANES == 0
+            and one.up_OR.shape[-1] == rank
+            and one.scale == scale
+            and all(w.dtype == torch.float32 and w.is_contiguous() for w in (one.down_RI, one.up_OR))
+            for start, one in zip(starts, adapters, strict=False)
+        )
+    )
+
+
+def _weights(adapters: Sequence[Adapter]) -> tuple[Array[Any], Array[Any]]:
+    pointers = c_void_p * len(adapters)
+    return pointers(*(one.down_RI.data_ptr() for one in adapters)), pointers(
+        *(one.up_OR.data_ptr() for one in adapters)
+    )
+
+
+def _sizes(adapters: Sequence[Adapter], x_TI: torch.Tensor) -> tuple[Array[Any], int, int, int, int]:
+    """Return where each layer's outputs end, the number of layers, their rank, the tokens and the inputs."""
+    ends = (c_int64 * len(adapters))(*(one.outputs.stop for one in adapters))
+    return ends, len(adapters), adapters[0].up_OR.shape[-1], *x_TI.shape
+
+
+def _argument(value: torch.Tensor | Array[Any] | float) -> Any:
     if isinstance(value, torch.Tensor):
         return c_void_p(value.data_ptr())
+    if isinstance(value, Array):
+        return value
     return c_int64(value) if isinstance(value, int) else c_float(value)

@@ -17,33 +17,33 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from luthier.llm.engine.layer_operations import Adapter, LayerOperations
 from luthier.llm.engine.quantised import QuantisedLinear
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One linear layer: its rows of the outputs, and its adapter where it has one (columns ``ranks`` of x A')."""
+    """One linear layer: its rows of the outputs, and its adapter where it has one."""
 
     linear: Any  # a torch.nn.Linear, quantised or not
     outputs: slice
-    down_RI: torch.nn.Parameter | None = None
-    up_OR: torch.nn.Parameter | None = None
-    scale: float = 1.0
-    ranks: slice | None = None
+    adapter: Adapter | None = None
 
     @property
     def is_learning(self) -> bool:
         """Whether its adapter is trained."""
-        return self.down_RI is not None and self.down_RI.requires_grad
+        return self.adapter is not None and self.adapter.down_RI.requires_grad
 
 
 class Projection:
     """Linear layers over one input. ``parameters`` are those that are trained, in the order of :meth:`backward`."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[Any], operations: LayerOperations) -> None:
+        self._do = operations
         self._parts = list(_parts(layers))
+        self._outputs = self._parts[-1].outputs.stop
         self._fused_OI = _fuse([part.linear for part in self._parts])
-        self._ranks = sum(len(part.down_RI) for part in self._parts if part.down_RI is not None)
+        self._adapters = [part.adapter for part in self._parts if part.adapter is not None]
         self._learns = any(part.is_learning for part in self._parts)
         self.parameters = [parameter for part in self._parts for parameter in _trained(part)]
 
@@ -56,13 +56,13 @@ class Projection:
         it. So it is made first, and the large product is added onto it, which rounds once.
         """
         weight_OI, bias = self._weight(x_TI.dtype), self._bias(x_TI.dtype)
-        if not self._ranks:
+        if not self._adapters:
             if onto_TO is None:
                 return torch.nn.functional.linear(x_TI, weight_OI, bias), None
             y_TO, low_TR = torch.addmm(onto_TO, x_TI, weight_OI.T), None
         else:
-            low_TR = x_TI @ self._down(x_TI.dtype).T
-            y_TO = (low_TR @ self._up(x_TI.dtype).T).addmm_(x_TI, weight_OI.T)
+            y_TO, low_TR = self._do.adapt(x_TI, self._adapters, self._outputs)
+            y_TO.addmm_(x_TI, weight_OI.T)
             if onto_TO is not None:
                 y_TO += onto_TO
         if bias is not None:
@@ -73,37 +73,22 @@ class Projection:
         self, dy_TO: torch.Tensor, x_TI: torch.Tensor, low_TR: torch.Tensor | None, *, input_needed: bool = True
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Return the gradients of the input (None where it is not needed) and of ``parameters``."""
-        dlow_TR = None if low_TR is None else dy_TO @ self._up(dy_TO.dtype)
-        ddown_RI = dup_OR = None
-        if low_TR is not None and dlow_TR is not None and self._learns:
-            ddown_RI, dup_OR = dlow_TR.T @ x_TI, dy_TO.T @ low_TR
+        dx_TI, learned = None, list[tuple[torch.Tensor, torch.Tensor]]()
+        if low_TR is not None:
+            dx_TI, dlow_TR = self._do.adapt_backward(dy_TO, self._adapters)
+            if self._learns:
+                learned = self._do.adapter_gradients(dy_TO, x_TI, low_TR, dlow_TR, self._adapters)
+        of_adapters = iter(learned)
         gradients: list[torch.Tensor] = []
         for part in self._parts:
-            gradients += self._part_gradients(part, dy_TO, x_TI, ddown_RI, dup_OR)
+            gradients += _linear_gradients(part.linear, dy_TO[:, part.outputs], x_TI)
+            if part.adapter is not None and self._learns:
+                own = next(of_adapters)
+                gradients += own if part.is_learning else ()
         if not input_needed:
             return None, gradients
         weight_OI = self._weight(dy_TO.dtype)
-        if dlow_TR is None:
-            return dy_TO @ weight_OI, gradients
-        return (dlow_TR @ self._down(x_TI.dtype)).addmm_(dy_TO, weight_OI), gradients
-
-    @staticmethod
-    def _part_gradients(
-        part: _Part,
-        dy_TO: torch.Tensor,
-        x_TI: torch.Tensor,
-        ddown_RI: torch.Tensor | None,
-        dup_OR: torch.Tensor | None,
-    ) -> Iterator[torch.Tensor]:
-        dy_TO = dy_TO[:, part.outputs]
-        if _is_trained(part.linear):
-            yield (dy_TO.T @ x_TI).to(part.linear.weight.dtype)
-        if part.linear.bias is not None and part.linear.bias.requires_grad:
-            yield dy_TO.sum(0).to(part.linear.bias.dtype)
-        if part.down_RI is None or part.up_OR is None or ddown_RI is None or dup_OR is None or not part.is_learning:
-            return
-        yield ddown_RI[part.ranks].to(part.down_RI.dtype)
-        yield dup_OR[part.outputs, part.ranks].to(part.up_OR.dtype).mul(part.scale)
+        return dy_TO @ weight_OI if dx_TI is None else dx_TI.addmm_(dy_TO, weight_OI), gradients
 
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
         if self._fused_OI is not None:
@@ -114,22 +99,6 @@ class Projection:
         if self._parts[0].linear.bias is None:
             return None
         return torch.cat([part.linear.bias for part in self._parts]).to(dtype)
-
-    def _down(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([part.down_RI for part in self._parts if part.down_RI is not None]).to(dtype)
-
-    def _up(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return s B of all layers, (O, R): each has its own rows and columns, and zeros are elsewhere."""
-        if len(self._parts) == 1:
-            (part,) = self._parts
-            assert part.up_OR is not None  # noqa: S101  has ranks
-            return part.up_OR.mul(part.scale).to(dtype)
-        outputs = self._parts[-1].outputs.stop
-        ups = [(part, part.up_OR) for part in self._parts if part.up_OR is not None]
-        up_OR = ups[0][1].new_zeros(outputs, self._ranks, dtype=dtype)
-        for part, own_OR in ups:
-            torch.mul(own_OR, part.scale, out=up_OR[part.outputs, part.ranks])
-        return up_OR
 
 
 def can_project(layer: Any) -> bool:
@@ -153,7 +122,7 @@ def _parts(layers: Sequence[Any]) -> Iterator[_Part]:
             down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
             ranks = slice(rank, rank + len(down))
             rank = ranks.stop
-            yield _Part(linear, outputs, down, up, layer.scaling[name], ranks)
+            yield _Part(linear, outputs, Adapter(down, up, layer.scaling[name], outputs, ranks))
         else:
             yield _Part(linear, outputs)
 
@@ -168,9 +137,16 @@ def _trained(part: _Part) -> Iterator[torch.nn.Parameter]:
         yield part.linear.weight
     if part.linear.bias is not None and part.linear.bias.requires_grad:
         yield part.linear.bias
-    if part.down_RI is not None and part.up_OR is not None and part.is_learning:
-        yield part.down_RI
-        yield part.up_OR
+    if part.adapter is not None and part.is_learning:
+        yield part.adapter.down_RI
+        yield part.adapter.up_OR
+
+
+def _linear_gradients(linear: Any, dy_TO: torch.Tensor, x_TI: torch.Tensor) -> Iterator[torch.Tensor]:
+    if _is_trained(linear):
+        yield (dy_TO.T @ x_TI).to(linear.weight.dtype)
+    if linear.bias is not None and linear.bias.requires_grad:
+        yield dy_TO.sum(0).to(linear.bias.dtype)
 
 
 def _fuse(linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:

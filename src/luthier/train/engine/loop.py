@@ -24,6 +24,7 @@ from luthier.errors import DivergedError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
+from luthier.train.engine.allocator import freed_memory_kept
 from luthier.train.engine.checkpoint import (
     best_folder,
     load_best,
@@ -32,7 +33,6 @@ from luthier.train.engine.checkpoint import (
     save_checkpoint,
     save_epoch,
 )
-from luthier.train.engine.lanes import Lanes, forward, lane_count
 from luthier.train.engine.objectives.choice import make_objective
 from luthier.train.engine.objectives.objective import Objective, Unit, tokens_of
 from luthier.train.engine.optimizers import make_optimizer, parameter_groups
@@ -116,12 +116,12 @@ class _Training:
     model: RowModel | EncoderModel
     objective: Objective[Any]
     optimizer: torch.optim.Optimizer
-    lanes: Lanes
     progress: _Progress
     history: LossHistory
     saved_at: float = field(default_factory=time.monotonic)
 
 
+@freed_memory_kept()
 def train(
     job: TrainingJob, on_step: OnStep, stop_if_asked: Callable[[], None], on_note: OnNote = lambda note: None
 ) -> TrainingResult:
@@ -166,8 +166,7 @@ def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None])
     resolved = job.plan.resolved
     model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
     fingerprint = _fingerprint(job)
-    lanes = lane_count(job.plan, model.device, model.model.config)
-    objective = make_objective(model, job.plan, lanes)
+    objective = make_objective(model, job.plan)
 
     def on_progress(what: str, share: float) -> None:
         on_note(PreparationNote(what=what, share=share))
@@ -180,10 +179,7 @@ def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None])
     saved = load_checkpoint(job.folder, model.model, optimizer, fingerprint)
     if saved:
         progress = _Progress(**saved)
-    trained = [parameter for group in groups for parameter in group["params"]]
-    return _Training(
-        job, model, objective, optimizer, Lanes(lanes, trained), progress, LossHistory.from_state(progress.history)
-    )
+    return _Training(job, model, objective, optimizer, progress, LossHistory.from_state(progress.history))
 
 
 def _train_step(run: _Training, batch: list[int]) -> _BatchOutcome:
@@ -215,10 +211,12 @@ def _batch_loss(run: _Training, units: Sequence[Unit], *, training: bool) -> _Ba
     """Return the loss and metrics of a batch; in training add its gradient."""
     loss = 0.0
     sums: dict[str, tuple[float, float]] = {}
-    parts = run.objective.losses(units, training=training)
-    for part in run.lanes.backward(parts) if training else forward(parts):
-        loss += part.loss
-        for name, (value, weight) in part.sums.items():
+    for part in run.objective.losses(units, training=training):
+        found = part()
+        if training:
+            found.loss.backward()
+        loss += float(found.loss.detach())
+        for name, (value, weight) in found.sums.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + value, before[1] + weight)
     metrics = {name: value / weight for name, (value, weight) in sums.items() if weight}

@@ -12,19 +12,19 @@ from luthier.train.engine.objectives.preference import Dpo, Orpo, Reward
 from luthier.train.engine.objectives.supervised import Supervised
 
 
-def make_objective(model: Any, plan: TrainingPlan, lanes: int = 1) -> Objective[Any]:
-    """Return a plan's objective over a model that takes rows (or, for encoders, batches), ``lanes`` at a time."""
+def make_objective(model: Any, plan: TrainingPlan) -> Objective[Any]:
+    """Return a plan's objective over a model that takes rows (or, for encoders, batches)."""
     resolved, tokens = plan.resolved, plan.resolved.tokens_per_row
     match resolved.method:
         case "supervised" | "raw_text":
-            return Supervised(model, resolved.supervised, plan.shared_prefix, tokens, lanes)
+            return Supervised(model, resolved.supervised, plan.shared_prefix, tokens)
         case "dpo":
-            return Dpo(model, resolved.dpo, tokens, lanes)
+            return Dpo(model, resolved.dpo, tokens)
         case "orpo":
-            return Orpo(model, resolved.orpo, tokens, lanes)
+            return Orpo(model, resolved.orpo, tokens)
         case "kto":
-            return Kto(model, resolved.kto, tokens, lanes)
+            return Kto(model, resolved.kto, tokens)
         case "reward":
-            return Reward(model, resolved.reward, tokens, lanes)
+            return Reward(model, resolved.reward, tokens)
         case "classification" | "regression":
             return Labelled(model, resolved.method, tokens)

@@ -28,7 +28,6 @@ class Kto:
     model: RowModel
     options: KtoOptions
     tokens_per_row: int
-    lanes: int = 1
     _reference: dict[str, float] = field(default_factory=dict)
     _other_reference: dict[str, float] = field(default_factory=dict)
     _others: dict[str, TokenizedExample] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class Kto:
         """Return one part per row, after a pass without gradient over the mismatched answers."""
         drift = self._drift(units)
         total = total_weight(unit.weight for unit in units)
-        rows = pack(units, 0, self.tokens_per_row, self.lanes)
+        rows = pack(units, 0, self.tokens_per_row)
         return [partial(self._part, [units[index] for index in row.examples], row, drift, total) for row in rows]
 
     def _part(self, members: list[TokenizedExample], row: Row, drift: float, total: float) -> PartLoss:

@@ -1,9 +1,8 @@
 """The socket of a training method: units (examples, pairs) in, the loss of their batch out, in parts that fit memory.
 
 A batch's loss is a weighted mean over its units. An objective gives it in parts that add up to it exactly, each a
-function that computes it with a graph of its own: the loop calls one, goes backward through it, and calls the next, or
-calls several at once (:mod:`luthier.train.engine.lanes`). Gradients add up to those of the whole batch, however it was
-cut.
+function that computes it with a graph of its own: the loop calls one, goes backward through it, and calls the next.
+Gradients add up to those of the whole batch, however it was cut.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class PartLoss:
 
 
 Part = Callable[[], PartLoss]
-"""Computes a part of a batch's loss. Parts know nothing of each other, and may be called at the same time."""
+"""Computes a part of a batch's loss. Parts know nothing of each other."""
 
 
 class Objective(Protocol[U]):

@@ -28,10 +28,10 @@ class _PairRow:
     pairs: list[int]
 
 
-def _rows(units: Sequence[TokenizedPair], tokens_per_row: int, lanes: int) -> list[_PairRow]:
+def _rows(units: Sequence[TokenizedPair], tokens_per_row: int) -> list[_PairRow]:
     sides = both_sides(units)
     groups = [(2 * index, 2 * index + 1) for index in range(len(units))]
-    rows = pack_groups(sides, groups, tokens_per_row, lanes)
+    rows = pack_groups(sides, groups, tokens_per_row)
     return [_PairRow(row, [index // 2 for index in row.examples[::2]]) for row in rows]
 
 
@@ -80,7 +80,6 @@ class Dpo:
     model: RowModel
     options: DpoOptions
     tokens_per_row: int
-    lanes: int = 1
     _reference: dict[str, float] = field(default_factory=dict)
 
     def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
@@ -96,7 +95,7 @@ class Dpo:
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:
         """Return one part per row of pairs."""
         total = total_weight(unit.weight for unit in units)
-        return [partial(self._part, units, part, total) for part in _rows(units, self.tokens_per_row, self.lanes)]
+        return [partial(self._part, units, part, total) for part in _rows(units, self.tokens_per_row)]
 
     def _part(self, units: Sequence[TokenizedPair], part: _PairRow, total: float) -> PartLoss:
         chosen_P, rejected_P = _summed(self.model, part.row)
@@ -130,7 +129,6 @@ class Orpo:
     model: RowModel
     options: OrpoOptions
     tokens_per_row: int
-    lanes: int = 1
 
     def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
@@ -140,10 +138,7 @@ class Orpo:
         learned = [self._with_prompt(unit) for unit in units] if self.options.learn_prompt else list(units)
         chosen_tokens = total_weight(sum(unit.chosen.loss_mask[1:]) * unit.weight for unit in learned)
         total = total_weight(unit.weight for unit in units)
-        return [
-            partial(self._part, units, part, chosen_tokens, total)
-            for part in _rows(learned, self.tokens_per_row, self.lanes)
-        ]
+        return [partial(self._part, units, part, chosen_tokens, total) for part in _rows(learned, self.tokens_per_row)]
 
     def _part(self, units: Sequence[TokenizedPair], part: _PairRow, chosen_tokens: float, total: float) -> PartLoss:
         found = self.model.targets(part.row)
@@ -193,7 +188,6 @@ class Reward:
     model: RowModel
     options: RewardOptions
     tokens_per_row: int
-    lanes: int = 1
 
     def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
@@ -201,7 +195,7 @@ class Reward:
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:
         """Return one part per row of pairs."""
         total = total_weight(unit.weight for unit in units)
-        return [partial(self._part, units, part, total) for part in _rows(units, self.tokens_per_row, self.lanes)]
+        return [partial(self._part, units, part, total) for part in _rows(units, self.tokens_per_row)]
 
     def _part(self, units: Sequence[TokenizedPair], part: _PairRow, total: float) -> PartLoss:
         scores_N = self.model.row_outputs(part.row)[:, 0]

@@ -29,7 +29,6 @@ class Supervised:
     options: SupervisedOptions
     prefix: int
     tokens_per_row: int
-    lanes: int = 1
 
     def prepare(
         self, units: Iterable[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
@@ -38,7 +37,7 @@ class Supervised:
 
     def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> list[Part]:
         """Return one part per row."""
-        rows = pack(units, self.prefix, self.tokens_per_row, self.lanes)
+        rows = pack(units, self.prefix, self.tokens_per_row)
         total = total_weight(weight for row in rows for weight in row.weights)
         noise = self._noise if training and self.options.neftune_alpha else None
         smoothing = self.options.label_smoothing if training else 0.0
