@@ -46,7 +46,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
 
 def lora(model: Any, **more: Any) -> Any:
     torch.manual_seed(8)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **more))
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", **more))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,14 @@ def adapters(outputs: list[int], inputs: int, rank: int, scales: list[float]) ->
         ([64], 96, 16, [2.0]),
         ([96, 32, 48], 80, 16, [2.0, 2.0, 2.0]),
         ([144, 144], 176, 32, [0.5, 0.5]),
-        ([64, 32], 64, 8, [2.0, 2.0]),  # of these ranks and scales torch takes care
+        ([64, 32], 64, 8, [2.0, 2.0]),  # of these ranks, scales and widths torch takes care
         ([64, 32], 64, 16, [2.0, 1.0]),
+        ([40, 32], 64, 16, [2.0, 2.0]),
     ],
 )
 def test_adapters(
     native: NativeOperations,
+    monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     threads: int,
     tokens: int,
@@ -143,6 +146,8 @@ def test_adapters(
     rank: int,
     scales: list[float],
 ) -> None:
+    called, run = [], native._run
+    monkeypatch.setattr(native, "_run", lambda name, *arguments: (called.append(name), run(name, *arguments)))
     given = adapters(outputs, inputs, rank, scales)
     x, dy = numbers(tokens, inputs, dtype=dtype), numbers(tokens, sum(outputs), dtype=dtype, seed=1)
     y, low = native.adapt(x, given, sum(outputs))
@@ -160,6 +165,45 @@ def test_adapters(
             assert gradient.dtype == torch.float32
             assert gradient.stride() == wanted.stride() == (wanted.shape[1], 1)
             assert float((gradient - wanted).norm()) <= TOLERANCE[dtype] * float(wanted.norm()) + 1e-6
+    alike = rank % 16 == 0 and len(set(scales)) == 1 and not any(count % 16 for count in outputs)
+    assert called == (["adapt", "adapt_backward", "adapter_gradients"] if alike else [])
+    again = native.adapter_gradients(dy, x, low, dlow, given)
+    assert all(torch.equal(a, b) for one, two in zip(found, again, strict=True) for a, b in zip(one, two, strict=True))
+
+
+@torch.no_grad()
+def test_layers_of_which_some_have_adapters_go_to_torch(native: NativeOperations, dtype: torch.dtype) -> None:
+    first, second, third = adapters([32, 48, 16], 64, 16, [2.0] * 3)
+    x = numbers(9, 64, dtype=dtype)
+    for some in ([first, second], [second, third], [first, third]):
+        moved = [replace(one, ranks=slice(16 * i, 16 * i + 16)) for i, one in enumerate(some)]
+        y, low = native.adapt(x, moved, 96)
+        exact_y, exact_low = TORCH.adapt(x.float(), moved, 96)
+        assert_close(y, exact_y, dtype)
+        assert_close(low, exact_low, dtype)
+
+
+VARIANTS = ["-mno-avx512bf16", "-mno-avx512f", "-fno-openmp"]
+
+
+@pytest.mark.skipif(find_kernels(torch.float32) is None, reason="no C compiler here")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_processors_with_fewer_instructions_get_the_same(variant: str, tmp_path: Path) -> None:
+    # Another process: a compiler is asked once. Its wrapper has the last word on the flags.
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" {variant}\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__]
+    done = subprocess.run(
+        [*command, "-k", "test_adapters or test_attention"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (tmp_path / "cache" / "luthier" / "kernels").is_dir()
 
 
 def test_log_softmax_and_its_gradient(native: NativeOperations, dtype: torch.dtype, threads: int) -> None:

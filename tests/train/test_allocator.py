@@ -9,7 +9,8 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, torch
+import ctypes, resource, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages are counted, all of one size
 from contextlib import nullcontext
 from luthier.train.engine.allocator import freed_memory_kept
 

@@ -98,7 +98,7 @@ def test_precision_follows_the_machine() -> None:
 def test_a_precision_that_was_timed_says_what_was_seen() -> None:
     slow = MACHINE.model_copy(update={"has_fast_bfloat16": False, "bfloat16_speed": 0.5})
     reasons = {value.name: value.reason for value in make_plan(50, slow).reasons}
-    assert "lacks fast bfloat16 products (0.5 times float32's rate)" in reasons["precision"]
+    assert "lacks fast bfloat16 products (0.50 times float32's rate)" in reasons["precision"]
 
 
 def test_steps_cover_all_passes() -> None:
@@ -125,6 +125,7 @@ def refusal(memory_bytes: int, length: int = 40, shape: ModelShape = SHAPE, **op
         (11_000_000_000, 2_000, EIGHT_BILLION, {"mode": "qlora", "base_bits": 8}),
         (30_000_000_000, 40, EIGHT_BILLION, {"mode": "full"}),
         (40_000_000_000, 40, EIGHT_BILLION, {"mode": "last_layers"}),
+        (30_000_000_000, 40, EIGHT_BILLION, {"precision": "float32"}),
     ],
 )
 def test_each_way_to_fit_that_a_refusal_names_does_fit(
@@ -141,6 +142,17 @@ def test_each_way_to_fit_that_a_refusal_names_does_fit(
             changed = {name: value for name, value in changed.items() if name not in ("base_bits", "last_layers")}
         machine = MACHINE.model_copy(update={"memory_bytes": memory_bytes})
         assert make_plan(100, machine, shape, min(length, longest), **changed).memory_bytes <= memory_bytes
+
+
+def test_numbers_are_narrowed_where_float32_does_not_fit() -> None:
+    slow = {"has_fast_bfloat16": False, "bfloat16_speed": 0.5, "memory_bytes": 30_000_000_000}
+    machine = MACHINE.model_copy(update=slow)
+    plan = make_plan(100, machine, EIGHT_BILLION)
+    assert plan.resolved.precision == "bfloat16"
+    assert "half of float32's memory, at 0.50 times its rate, to fit the memory" in [why.reason for why in plan.reasons]
+    with pytest.raises(CapacityError) as refused:
+        make_plan(100, machine, EIGHT_BILLION, precision="float32")
+    assert "set precision=bfloat16" in (refused.value.hint or "")
 
 
 def test_where_weights_alone_are_too_large_no_shorter_rows_are_promised() -> None:

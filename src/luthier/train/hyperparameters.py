@@ -231,7 +231,7 @@ def _tokens_per_row(config: TrainingConfig, longest: int, machine: Machine, reas
 def _precision(config: TrainingConfig, machine: Machine, reasons: Reasons) -> Literal["float32", "bfloat16"]:
     value: Literal["float32", "bfloat16"] = "bfloat16" if machine.has_fast_bfloat16 else "float32"
     has = "has" if machine.has_fast_bfloat16 else "lacks"
-    timed = f" ({machine.bfloat16_speed:.1f} times float32's rate)" if machine.bfloat16_speed else ""
+    timed = f" ({machine.bfloat16_speed:.2f} times float32's rate)" if machine.bfloat16_speed else ""
     reason = (
         f"this {machine.device_name or machine.device} {has} fast bfloat16 products{timed}; "
         "what is trained, the loss and the optimizer stay float32"

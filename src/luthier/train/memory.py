@@ -179,6 +179,8 @@ def _changes(resolved: Resolved) -> Iterator[Change]:
         yield changed("set optimizer=adamw_8bit", optimizer="adamw_8bit")
     if not resolved.has_adapter:
         yield changed("use mode=lora", mode="lora")
+    if resolved.precision == "float32":
+        yield changed("set precision=bfloat16", precision="bfloat16")
     if resolved.mode != "qlora":
         yield changed("use mode=qlora", mode="qlora", base_bits=4)
 

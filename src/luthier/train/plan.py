@@ -54,7 +54,7 @@ def plan_training(
 ) -> TrainingPlan:
     """Return the plan of a training run, perhaps one that goes on from an adapter (``start``).
 
-    Where it would not fit, rows are shortened first, then layers recomputed.
+    Where it would not fit, rows are shortened first, then layers recomputed, then numbers narrowed to bfloat16.
 
     Raises:
         InputError: there are fewer than two examples.
@@ -268,7 +268,7 @@ def _fitted(
     machine: Machine,
     reasons: list[Derived],
 ) -> Resolved:
-    """Return the numbers with rows shortened, then layers recomputed, as far as memory asks and options allow."""
+    """Return the numbers with rows shortened, then layers recomputed, then narrow numbers, as far as it takes."""
     longest, data = sizes.longest, sizes.held if machine.main_memory_bytes is None else 0
 
     def fits(found: Resolved) -> bool:
@@ -282,6 +282,10 @@ def _fitted(
         resolved = resolved.model_copy(update={"recompute": True})
         reason = "layers are computed again in the backward pass (a third more work) to fit the memory"
         reasons.append(Derived(name="recompute", value="yes", reason=reason))
+    if not fits(resolved) and config.precision == AUTO and machine.bfloat16_speed:
+        resolved = resolved.model_copy(update={"precision": "bfloat16"})
+        reason = f"half of float32's memory, at {machine.bfloat16_speed:.2f} times its rate, to fit the memory"
+        reasons.append(Derived(name="precision", value="bfloat16", reason=reason))
     return resolved
 
 

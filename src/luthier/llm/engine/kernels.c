@@ -1,4 +1,5 @@
-/* The small operations of a decoder layer, each in one pass over its numbers: norms, the gate, rotation, attention.
+/* The small operations of a decoder layer, each in one pass over its numbers: norms, the gate, rotation, attention,
+ * low-rank adapters; and the softmax over the vocabulary.
  *
  * On a processor a training step spends half of its time outside of the large matrix products: torch makes each of
  * these of a dozen calls, and each call reads and writes everything. Here a row of numbers stays in the processor's
@@ -6,8 +7,8 @@
  * without a compiler the same is done by torch (`row_attention.py`, `fused_decoder.py`), and the tests hold the two
  * together. Sums are in float32; threads take fixed shares, so that every run gives the same numbers.
  *
- * Every function returns 0, or 1 where memory is short. NUMBER_BITS is 16 for bfloat16 and 32 for float. Widths are multiples of LANES. T tokens, E width, F half of the
- * gate's outputs, C heads of all kinds (queries first, then keys, then values), D head width, P prefix, S keys.
+ * Every function returns 0, or 1 where memory is short. NUMBER_BITS is 16 for bfloat16 and 32 for float. Widths are
+ * multiples of LANES. T tokens, I inputs, O outputs, R ranks, E width, F half of the gate's outputs, C heads of all kinds (queries first, then keys, then values), D head width, P prefix, S keys.
  */
 
 #include <math.h>

@@ -122,7 +122,7 @@ def _parts(layers: Sequence[Any]) -> Iterator[_Part]:
             down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
             ranks = slice(rank, rank + len(down))
             rank = ranks.stop
-            yield _Part(linear, outputs, Adapter(down, up, layer.scaling[name], outputs, ranks))
+            yield _Part(linear, outputs, Adapter(down, up, float(layer.scaling[name]), outputs, ranks))
         else:
             yield _Part(linear, outputs)
 

@@ -1,7 +1,7 @@
 """Memory that stays with the process while it trains.
 
-Every step frees hundreds of megabytes and wants them back. glibc returns large pieces to the system at once, and new
-pages cost as much as a pass over them: a twentieth to a tenth of a step on two cores (docs/measurements.md).
+Every step frees hundreds of megabytes and wants them back. glibc returns much of it to the system, and new pages cost
+as much as a pass over them: up to a tenth of a short step on two cores (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST_PIECE = 32 << 20  # bytes; glibc takes no more as a threshold
+LARGEST_PIECE = 32 << 20  # bytes; glibc takes no more as a threshold, and maps what is larger for itself
 NEVER = 2**31 - 1
-USUAL = 128 << 10  # bytes at the end of the heap from which on glibc gives them back
+USUAL = 2 * LARGEST_PIECE  # what glibc comes to by itself, where such pieces are freed
 
 
 @contextmanager
