@@ -175,7 +175,7 @@ def run(store: Store, name: str, data: Path, folder: Path) -> dict[str, Any]:
     return {
         "data": trial.title,
         "base": trial.base,
-        **counts,
+        "examples": counts,
         "steps": result.steps,
         "first_valid": _figures(validated[0]["valid_loss"], validated[0]["valid_metrics"]) if validated else None,
         "best_valid": _figures(result.best_valid_loss, result.valid_metrics),
