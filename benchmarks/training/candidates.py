@@ -18,6 +18,6 @@ CANDIDATES = {
             "padded-1+compact"],
 }
 # fmt: on
-# Timed on two cores of an AMD EPYC, A to C with bfloat16 (docs/measurements.md), dpo without: small forward passes win,
+# Timed on two machines of two cores, with and without fast bfloat16 (docs/measurements.md): small forward passes win,
 # since on a CPU TRL 1.16 multiplies the vocabulary at every position, padding or not, and holds all the results.
 BEST = {"A": "padded-4+sorted", "B": "padded-1", "C": "padded-1", "dpo": "padded-1"}

@@ -20,7 +20,7 @@ def _measure_again() -> Iterator[None]:
 def _pretend(monkeypatch: pytest.MonkeyPatch, flags: str, float32: float, bfloat16: float) -> None:
     rates = {torch.float32: float32, torch.bfloat16: bfloat16}
     monkeypatch.setattr(torch_model, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(torch_model, "_cpu_line", lambda *names: flags)
+    monkeypatch.setattr(torch_model, "cpu_flags", lambda: flags)
     monkeypatch.setattr(torch_model, "_matmul_flops", lambda here, *dtypes: [rates[dtype] for dtype in dtypes])
 
 

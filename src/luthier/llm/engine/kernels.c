@@ -8,7 +8,8 @@
  * together. Sums are in float32; threads take fixed shares, so that every run gives the same numbers.
  *
  * Every function returns 0, or 1 where memory is short. NUMBER_BITS is 16 for bfloat16 and 32 for float. Widths are
- * multiples of LANES. T tokens, I inputs, O outputs, R ranks, E width, F half of the gate's outputs, C heads of all kinds (queries first, then keys, then values), D head width, P prefix, S keys.
+ * multiples of LANES. T tokens, I inputs, O outputs, R ranks, E width, F half of the gate's outputs, C heads of all
+ * kinds (queries first, then keys, then values), D head width, P prefix, S keys.
  */
 
 #include <math.h>

@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 import platformdirs
 import torch
 
+from luthier.llm.engine.processor import cpu_flags
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -74,7 +76,4 @@ def _keep(library: Path, kept: Path) -> None:
 
 def _processor() -> bytes:
     """Return what tells processors apart that cannot run each other's code."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {flags}".encode()
+    return f"{platform.machine()} {platform.processor()} {cpu_flags()}".encode()

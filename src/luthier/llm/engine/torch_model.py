@@ -23,6 +23,7 @@ from luthier.errors import InputError
 from luthier.llm.base_bits import read_base_bits
 from luthier.llm.base_config import ENCODER_TYPES, UNBOUNDED, context_length, rows_up_to
 from luthier.llm.engine.gradual import Holding, fill, hold, is_explained, outline
+from luthier.llm.engine.processor import cpu_flags, cpu_line
 from luthier.llm.engine.quantised import quantisable
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.weight_files import WeightFiles
@@ -55,7 +56,7 @@ def measure_machine() -> Machine:
     here = device()
     fast = has_fast_bfloat16(here)
     speed = _bfloat16_speed(here)
-    name = torch.cuda.get_device_name() if here.type == "cuda" else _cpu_line("model name") or "CPU"
+    name = torch.cuda.get_device_name() if here.type == "cuda" else cpu_line("model name") or "CPU"
     main = free_memory_bytes() + psutil.Process().memory_info().rss  # what this process holds is its own
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -257,17 +258,10 @@ TOKENIZER_FILES = (
 )
 
 
-def _cpu_line(*names: str) -> str:
-    """Return what Linux says of the first processor under one of some names; nothing elsewhere."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
-
-
 @lru_cache
 def _bfloat16_speed(here: torch.device) -> float | None:
     """Return how many times as fast bfloat16 products of a processor are as float32 ones (None: it has none)."""
-    if here.type != "cpu" or BFLOAT16_CPU_FLAGS.isdisjoint(_cpu_line("flags", "Features").split()):
+    if here.type != "cpu" or BFLOAT16_CPU_FLAGS.isdisjoint(cpu_flags().split()):
         return None
     rates = _matmul_flops(here, torch.float32, torch.bfloat16)
     return rates[1] / rates[0]
