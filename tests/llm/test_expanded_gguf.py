@@ -11,7 +11,7 @@ from gguf.quants import dequantize
 
 from luthier.compress.engine.gguf import write_gguf
 from luthier.llm.engine.expanded_gguf import expanded
-from luthier.llm.engine.openvino_worker import is_quantised
+from luthier.llm.engine.openvino_numerics import is_quantised
 
 
 @pytest.fixture

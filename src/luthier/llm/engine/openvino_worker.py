@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import mmap
 import random
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +26,13 @@ import numpy as np
 
 from luthier.llm.engine.expanded_gguf import expanded
 from luthier.llm.engine.grammar_memory import USUAL_BYTES, GrammarMemory
+from luthier.llm.engine.openvino_numerics import is_quantised, plugin_properties
 from luthier.llm.engine.prefix_gate import PrefixGate, prefix_blocks
 from luthier.llm.engine.worker_socket import WorkerSocket, worker_arguments
 
 TELEMETRY_MODULE = "openvino_telemetry"
 MAX_BATCHED_TOKENS = 256
 MAX_SEQUENCES = 256
-UNQUANTISED_FILE_TYPES = {0, 1, 32}  # GGUF's general.file_type: float32, float16, bfloat16
 SEED_BITS = 31
 LARGEST_MIN_P = 0.999999  # 1, at which only the likeliest token is left, is refused by openvino-genai
 
@@ -68,31 +66,6 @@ def open_pipeline(path: Path, cache_gigabytes: int, precision: str, threads: int
     with expanded(path) as readable:
         properties = plugin_properties(precision, is_quantised(readable), threads)
         return load_pipeline(readable, cache_gigabytes, properties), properties
-
-
-def is_quantised(path: Path) -> bool:
-    """Say whether a GGUF file's weights are integers, by its ``general.file_type``."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        key = b"general.file_type"
-        position = content.find(key)
-        if position < 0:
-            return False
-        _value_type, file_type = struct.unpack_from("<II", content, position + len(key))
-        return file_type not in UNQUANTISED_FILE_TYPES
-
-
-def plugin_properties(precision: str, quantised: bool, threads: int) -> dict[str, Any]:
-    """Return the CPU plugin's properties; docs/decisions/0003-engine-numerics.md has the measurements.
-
-    ``precision`` is "auto" (the processor's own, but float32 where the weights are quantised), "native" or
-    "float32". ``threads`` 0 lets the plugin choose.
-    """
-    properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    if precision == "float32" or (precision == "auto" and quantised):
-        properties["INFERENCE_PRECISION_HINT"] = "f32"
-    if threads:
-        properties["INFERENCE_NUM_THREADS"] = threads
-    return properties
 
 
 def load_pipeline(path: Path, cache_gigabytes: int, properties: dict[str, Any]) -> Any:
