@@ -96,19 +96,20 @@ def test_rotation_there_and_back(native: NativeOperations, dtype: torch.dtype, t
 
 @pytest.mark.parametrize("heads", [Heads(6, 2, 0.2), Heads(4, 4, 0.3), Heads(9, 3, 0.125)], ids=["6:2", "4:4", "9:3"])
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("magnitude", [1, 5], ids=["even", "peaked"])
 def test_attention(
-    native: NativeOperations, dtype: torch.dtype, threads: int, groups: list[Group], heads: Heads
+    native: NativeOperations, dtype: torch.dtype, threads: int, groups: list[Group], heads: Heads, magnitude: int
 ) -> None:
     layout = RowLayout.make(groups, CPU)
     tokens = len(layout.positions_T)
-    qkv = numbers(tokens, heads.query + 2 * heads.key, 32, dtype=dtype)
+    qkv = numbers(tokens, heads.query + 2 * heads.key, 32, dtype=dtype) * magnitude
     dout = numbers(tokens, heads.query, 32, dtype=dtype, seed=1)
-    out = native.attend(qkv, heads, layout)
-    exact = TORCH.attend(qkv.float(), heads, layout)
+    out, log_sums = native.attend(qkv, heads, layout)
+    exact, _ = TORCH.attend(qkv.float(), heads, layout)
     assert_close(out, exact, dtype)
-    found = native.attend_backward(dout, out, qkv, heads, layout)
-    assert_close(found, TORCH.attend_backward(dout.float(), exact, qkv.float(), heads, layout), dtype)
-    assert torch.equal(found, native.attend_backward(dout, out, qkv, heads, layout)), "a second run differs"
+    found = native.attend_backward(dout, out, log_sums, qkv, heads, layout)
+    assert_close(found, TORCH.attend_backward(dout.float(), exact, None, qkv.float(), heads, layout), dtype)
+    assert torch.equal(found, native.attend_backward(dout, out, log_sums, qkv, heads, layout)), "a second run differs"
 
 
 def adapters(outputs: list[int], inputs: int, rank: int, scales: list[float]) -> list[Adapter]:
@@ -226,7 +227,7 @@ def test_a_number_that_is_none_is_passed_on(native: NativeOperations, dtype: tor
     layout = RowLayout.make([Group(0, (20,))], CPU)
     qkv = numbers(20, 4, 32, dtype=dtype)
     qkv[7, 2, 3] = torch.nan  # of a key: those before it do not see it
-    out = native.attend(qkv, Heads(2, 1, 0.2), layout)
+    out, _ = native.attend(qkv, Heads(2, 1, 0.2), layout)
     assert out[:7].isfinite().all()
     assert out[7:].isnan().all()
     gate_up = numbers(3, 32, dtype=dtype)

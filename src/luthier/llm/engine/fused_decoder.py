@@ -114,12 +114,15 @@ class _LayerFunction(torch.autograd.Function):
 class _Kept:
     """What the backward pass of a layer needs. ``raw_qk`` is None where the heads are not normed.
 
+    ``log_sums`` are what attention keeps of its softmax, None where it keeps nothing.
+
     ``low`` are what each projection's adapter makes of its input first, None without one.
     """
 
     hidden_TE: torch.Tensor
     qkv_TCD: torch.Tensor
     attended_TE: torch.Tensor
+    log_sums_TH: torch.Tensor | None
     middle_ME: torch.Tensor
     gate_up_M2F: torch.Tensor
     raw_qk_TCD: torch.Tensor | None
@@ -163,11 +166,12 @@ class _Layer:
         raw_qk_TCD = qk_TCD.clone() if self._head_norms else None
         self._norm_heads(qk_TCD)
         self._do.rotate(qk_TCD, place.rope)
-        attended_TE = self._do.attend(qkv_TCD, self._heads, place.layout).flatten(1)
+        attended_THD, log_sums_TH = self._do.attend(qkv_TCD, self._heads, place.layout)
+        attended_TE = attended_THD.flatten(1)
         middle_ME, out_low_MR = self._out.forward(place.pick(attended_TE), onto_TO=place.pick(hidden_TE))
         gate_up_M2F, gate_up_low_MR = self._gate_up.forward(self._middle_norm.forward(middle_ME))
         output_ME, down_low_MR = self._down.forward(self._do.gated(gate_up_M2F), onto_TO=middle_ME)
-        kept = (hidden_TE, qkv_TCD, attended_TE, middle_ME, gate_up_M2F, raw_qk_TCD)
+        kept = (hidden_TE, qkv_TCD, attended_TE, log_sums_TH, middle_ME, gate_up_M2F, raw_qk_TCD)
         return output_ME, _Kept(*kept, qkv_low_TR, out_low_MR, gate_up_low_MR, down_low_MR)
 
     def backward(
@@ -179,8 +183,8 @@ class _Layer:
         dattended_ME, out_gradients = self._out.backward(dmiddle_ME, attended_ME, kept.out_low_MR)
         assert dattended_ME is not None  # noqa: S101  asked for
         shape = (len(kept.hidden_TE), self._heads.query, self._width)
-        dattended_THD, attended_THD = place.spread(dattended_ME).view(shape), kept.attended_TE.view(shape)
-        dqkv_TCD = self._do.attend_backward(dattended_THD, attended_THD, kept.qkv_TCD, self._heads, place.layout)
+        attended = (place.spread(dattended_ME).view(shape), kept.attended_TE.view(shape), kept.log_sums_TH)
+        dqkv_TCD = self._do.attend_backward(*attended, kept.qkv_TCD, self._heads, place.layout)
         dqk_TCD = dqkv_TCD[:, : self._heads.query + self._heads.key]
         self._do.rotate(dqk_TCD, place.rope, back=True)
         head_gradients = self._norm_heads_backward(dqk_TCD, kept.raw_qk_TCD)

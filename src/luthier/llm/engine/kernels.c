@@ -16,7 +16,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -34,7 +34,9 @@
 #define TILE_ROWS 4
 #define TILE_VECTORS 1
 #endif
-#define QUERIES 48 /* of one head group that attend together */
+#define INNER 128 /* of the inner dimension of a product, what is computed with before going on */
+#define QUERIES 48 /* of one head group that attend together, */
+#define KEYS 64    /* to so many keys at once: what they need stays in the nearest cache */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
@@ -84,20 +86,43 @@ INLINE vector choose(integers which, vector yes, vector no)
 
 INLINE float sum(vector values)
 {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += values[i];
-    return total;
+    float of[LANES];
+    store(of, values);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) of[i] += of[half + i];
+    return of[0];
+}
+
+INLINE float largest(vector values)
+{
+    float of[LANES];
+    store(of, values);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) of[i] = of[i] > of[half + i] ? of[i] : of[half + i];
+    return of[0];
+}
+
+INLINE vector larger(vector x, vector y) /* y where either is NaN */
+{
+#ifdef __AVX512F__
+    return (vector)_mm512_max_ps((__m512)x, (__m512)y);
+#else
+    return choose(x > y, x, y);
+#endif
 }
 
 /* e^x to a few units in the last place; what is below -87 counts as that. NaN stays NaN. */
 INLINE vector exponential(vector x)
 {
+    x = larger(all(-87.0f), x);
+#ifdef __AVX512F__
+    vector whole = (vector)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
     const float magic = 12582912.0f; /* adding it rounds to an integer */
-    x = choose(x < -87.0f, all(-87.0f), x);
     x = choose(x > 88.0f, all(88.0f), x);
     vector shifted = x * 1.44269504f + magic;
-    integers power = (integers)shifted - (integers)all(magic);
     vector whole = shifted - magic;
+#endif
     vector r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     vector y = all(1.9875691500e-4f);
     y = y * r + 1.3981999507e-3f;
@@ -106,7 +131,11 @@ INLINE vector exponential(vector x)
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    return (vector)((integers)y + (power << 23));
+#ifdef __AVX512F__
+    return (vector)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
+    return (vector)((integers)y + (((integers)shifted - (integers)all(magic)) << 23));
+#endif
 }
 
 INLINE float inverse_rms(const number *x, int64_t width, float epsilon)
@@ -263,7 +292,7 @@ INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, 
 
 #define TILE(ROWS, VECTORS) \
     case ROWS * 8 + VECTORS: \
-        tile(ROWS, VECTORS, to, c_stride, from, a_stride, b + n, b_stride, inner / PAIR, add); \
+        tile(ROWS, VECTORS, to, c_stride, from, a_stride, right, b_stride, length / PAIR, add || k > 0); \
         break;
 #if TILE_VECTORS == 4
 #define TILES(ROWS) TILE(ROWS, 1) TILE(ROWS, 2) TILE(ROWS, 3) TILE(ROWS, 4)
@@ -272,22 +301,26 @@ INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, 
 #endif
 
 /* c (m, n) = [c +] a (m, inner) b (inner, n); n is a multiple of LANES, inner of PAIR. Strides are of numbers in a and
- * of words in b. */
+ * of words in b. What a tile reads of b stays in the nearest cache for all rows. */
 static void product(float *c, int64_t c_stride, const narrow *a, int64_t a_stride, const float *b, int64_t b_stride,
                     int64_t m, int64_t inner, int64_t columns, int add)
 {
     for (int64_t n = 0; n < columns; n += TILE_VECTORS * LANES) {
         int64_t left = (columns - n) / LANES;
         int vectors = (int)(left < TILE_VECTORS ? left : TILE_VECTORS);
-        for (int64_t r = 0; r < m; r += TILE_ROWS) {
-            int rows = (int)(m - r < TILE_ROWS ? m - r : TILE_ROWS);
-            float *to = c + r * c_stride + n;
-            const narrow *from = a + r * a_stride;
-            switch (rows * 8 + vectors) {
-                TILES(1) TILES(2) TILES(3) TILES(4)
+        for (int64_t k = 0; k < inner; k += INNER) {
+            int64_t length = inner - k < INNER ? inner - k : INNER;
+            const float *right = b + k / PAIR * b_stride + n;
+            for (int64_t r = 0; r < m; r += TILE_ROWS) {
+                int rows = (int)(m - r < TILE_ROWS ? m - r : TILE_ROWS);
+                float *to = c + r * c_stride + n;
+                const narrow *from = a + r * a_stride + k;
+                switch (rows * 8 + vectors) {
+                    TILES(1) TILES(2) TILES(3) TILES(4)
 #if TILE_ROWS == 6
-                TILES(5) TILES(6)
+                    TILES(5) TILES(6)
 #endif
+                }
             }
         }
     }
@@ -301,17 +334,19 @@ typedef struct {
     int64_t start, length, prefix_start, prefix_length;
 } sequence;
 
-/* Memory of one thread, each part for the longest sequence; Q queries of a tile. */
+/* Memory of one thread, for the longest sequence and one tile: Q queries (QUERIES) and K keys (KEYS). */
 typedef struct {
-    narrow *rows;                                       /* a head's tokens (S, D) */
-    float *key_rows, *value_rows;                       /* right operands over keys: words (S / PAIR, D) */
-    float *key_columns, *value_columns;                 /* right operands over D: words (D / PAIR, S) */
-    float *dkey, *dvalue;                               /* (D, S) */
+    narrow *rows;                                        /* a head's tokens (S, D) */
+    float *key_rows, *value_rows;                        /* right operands over keys: words (S / PAIR, D) */
+    float *key_columns, *value_columns;                  /* right operands over D: words (S / K, D / PAIR, K) */
+    float *dkey, *dvalue;                                /* (S / K, D, K) */
     narrow *query, *dout, *query_columns, *dout_columns; /* (Q, D), and (D, Q) */
-    float *scores, *dscores;                            /* (Q, S) */
-    narrow *weights;                                    /* left operand over keys (Q, S) */
-    float *weight_rows;                                 /* right operand over queries: words (Q / PAIR, S) */
-    float *out;                                         /* (Q, D) */
+    float *scores, *dscores;                             /* (Q, K) */
+    narrow *over_keys;                                   /* scores as left operands over keys (Q, K) */
+    float *over_queries;                                 /* and as right ones over queries: words (Q / PAIR, K) */
+    float *out;                                          /* (Q, D) */
+    vector total[QUERIES];
+    float most[QUERIES], delta[QUERIES];
     float *all;
 } scratch;
 
@@ -323,11 +358,12 @@ INLINE void *take(float **next, size_t words)
     return part;
 }
 
+INLINE int64_t in_blocks(int64_t keys) { return (keys + KEYS - 1) / KEYS * KEYS; }
+
 static int make_scratch(scratch *s, int64_t keys, int64_t width)
 {
-    size_t tokens = (size_t)(padded(keys) * width), square = (size_t)(QUERIES * padded(keys));
-    size_t part = (size_t)(QUERIES * width);
-    float *next = s->all = malloc(sizeof(float) * (7 * tokens + 5 * part + 4 * square));
+    size_t tokens = (size_t)(in_blocks(keys) * width), part = (size_t)(QUERIES * width), tile = QUERIES * KEYS;
+    float *next = s->all = malloc(sizeof(float) * (7 * tokens + 5 * part + 4 * tile));
     if (!next) return 0;
     s->rows = take(&next, tokens);
     s->key_rows = take(&next, tokens), s->value_rows = take(&next, tokens);
@@ -335,8 +371,8 @@ static int make_scratch(scratch *s, int64_t keys, int64_t width)
     s->dkey = take(&next, tokens), s->dvalue = take(&next, tokens);
     s->query = take(&next, part), s->query_columns = take(&next, part);
     s->dout = take(&next, part), s->dout_columns = take(&next, part), s->out = take(&next, part);
-    s->scores = take(&next, square), s->dscores = take(&next, square);
-    s->weights = take(&next, square), s->weight_rows = take(&next, square);
+    s->scores = take(&next, tile), s->dscores = take(&next, tile);
+    s->over_keys = take(&next, tile), s->over_queries = take(&next, tile);
     return 1;
 }
 
@@ -364,10 +400,12 @@ static void gather(scratch *s, float *over_keys, float *over_width, const number
             store(to, load(s->rows + key * width + d));
 #endif
         }
-    for (int64_t block = 0; over_width && block < size; block += LANES)
+    for (int64_t key = 0; over_width && key < size; key += LANES) {
+        float *block = over_width + key / KEYS * KEYS * width / PAIR + key % KEYS;
         for (int64_t d = 0; d < width; d += PAIR)
             for (int i = 0; i < LANES; i++)
-                memcpy(over_width + d / PAIR * size + block + i, s->rows + (block + i) * width + d, sizeof(float));
+                memcpy(block + d / PAIR * KEYS + i, s->rows + (key + i) * width + d, sizeof(float));
+    }
 }
 
 /* The queries of a key head's group are counted position first, then head: row r is head r % group at r / group. */
@@ -389,64 +427,108 @@ static void gather_queries(narrow *to, narrow *columns, const number *first, int
         for (int64_t r = 0; r < paired(rows); r++) columns[d * QUERIES + r] = r < rows ? to[r * width + d] : 0;
 }
 
-/* scores[r, :] = softmax over what row `first + r` sees, zero elsewhere; the last row sees `seen` keys. */
-static void attention_weights(scratch *s, sequence q, int64_t first, int64_t rows, int64_t group, int64_t seen,
-                              int64_t size, int64_t width, float scale)
+/* A tile: `rows` queries from `row` on, and the `count` keys from `at` on (in whole vectors). */
+typedef struct {
+    int64_t row, rows, at, count;
+} place;
+
+/* How many of the keys of a tile query r of it sees. */
+INLINE int64_t seen_by(sequence q, place tile, int64_t r, int64_t group)
 {
-    product(s->scores, size, s->query, width, s->key_columns, size, rows, width, padded(seen), 0);
-    for (int64_t r = 0; r < rows; r++) {
-        float *row = s->scores + r * size;
-        int64_t own = q.prefix_length + (first + r) / group + 1, whole = own / LANES * LANES;
-        for (int64_t key = own; key < padded(seen); key++) row[key] = -INFINITY;
-        vector most = all(-INFINITY), total = {0};
-        for (int64_t key = 0; key < padded(own); key += LANES) {
-            vector x = load(row + key);
-            most = choose(x > most, x, most);
+    int64_t own = q.prefix_length + (tile.row + r) / group + 1 - tile.at;
+    return own < 0 ? 0 : own < tile.count ? own : tile.count;
+}
+
+/* A vector of what a row of scores has from `key` on, `other` in the place of what is behind those that are seen. */
+INLINE vector visible(vector values, int64_t key, int64_t seen, float other)
+{
+    if (key + LANES <= seen) return values;
+    integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return choose(lane < (int32_t)(seen - key), values, all(other));
+}
+
+/* scores = e^(scale q k' - the largest so far), zero where a key is not seen. `total` and `out` go on from what there
+ * was, made smaller where there is a larger one now (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3). */
+static void attention_weights(scratch *s, sequence q, place tile, int64_t group, int64_t width, float scale)
+{
+    const float *keys = s->key_columns + tile.at * width / PAIR;
+    product(s->scores, KEYS, s->query, width, keys, KEYS, tile.rows, width, tile.count, 0);
+    for (int64_t r = 0; r < tile.rows; r++) {
+        float *row = s->scores + r * KEYS, *out = s->out + r * width;
+        int64_t seen = seen_by(q, tile, r, group);
+        vector most = all(-INFINITY), sums = {0};
+        for (int64_t key = 0; key < seen; key += LANES) {
+            vector x = visible(load(row + key), key, seen, -INFINITY);
+            most = larger(most, x);
         }
-        float top = most[0];
-        for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
-        for (int64_t key = 0; key < padded(own); key += LANES) {
-            vector x = exponential((load(row + key) - top) * scale);
-            if (key == whole)
-                for (int i = (int)(own - whole); i < LANES; i++) x[i] = 0;
-            total += x;
+        float top = largest(most) * scale;
+        top = tile.at && s->most[r] > top ? s->most[r] : top;
+        for (int64_t key = 0; key < tile.count; key += LANES) {
+            vector x = {0};
+            if (key < seen) x = visible(exponential(load(row + key) * scale - top), key, seen, 0);
+            sums += x;
             store(row + key, x);
         }
-        float inverse = 1.0f / sum(total);
-        for (int64_t key = 0; key < padded(own); key += LANES) store(row + key, load(row + key) * inverse);
-        for (int64_t key = padded(own); key < padded(seen); key++) row[key] = 0;
+        float shrink = tile.at ? expf(s->most[r] - top) : 0;
+        s->total[r] = tile.at ? s->total[r] * shrink + sums : sums;
+        for (int64_t d = 0; tile.at && shrink != 1 && d < width; d += LANES) store(out + d, load(out + d) * shrink);
+        s->most[r] = top;
     }
 }
 
-/* Scores as operands: rows over keys, and over queries. Either may be unwanted. */
-static void lay_out(narrow *over_keys, float *over_queries, const float *scores, int64_t size, int64_t rows,
-                    int64_t seen)
+/* Scores as left operands over keys. */
+INLINE const narrow *over_keys(scratch *s, const float *scores, place tile)
 {
-    for (int64_t r = 0; over_keys && r < rows; r++)
-        for (int64_t key = 0; key < padded(seen); key += LANES)
-            narrow_down(over_keys + r * size + key, load(scores + r * size + key));
-    for (int64_t r = 0; over_queries && r < rows; r += PAIR)
-        for (int64_t key = 0; key < padded(seen); key += LANES) {
-            vector even = load(scores + r * size + key);
-#if PAIR == 2
-            even = join(even, r + 1 < rows ? load(scores + (r + 1) * size + key) : (vector){0});
+#if PAIR == 1
+    (void)s, (void)tile;
+    return scores;
+#else
+    for (int64_t r = 0; r < tile.rows; r++)
+        for (int64_t key = 0; key < tile.count; key += LANES)
+            narrow_down(s->over_keys + r * KEYS + key, load(scores + r * KEYS + key));
+    return s->over_keys;
 #endif
-            store(over_queries + r / PAIR * size + key, even);
-        }
 }
 
-/* Query heads that share a key head attend together, or apart where there would be too little for all threads. */
-INLINE int64_t parts_of_group(int64_t items, int64_t group, int threads)
+/* Scores as right operands over queries. */
+INLINE const float *over_queries(scratch *s, const float *scores, place tile)
 {
-    return threads > 1 && items < 4 * threads ? group : 1;
+#if PAIR == 1
+    (void)s, (void)tile;
+    return scores;
+#else
+    for (int64_t r = 0; r < tile.rows; r += PAIR)
+        for (int64_t key = 0; key < tile.count; key += LANES) {
+            vector odd = r + 1 < tile.rows ? load(scores + (r + 1) * KEYS + key) : (vector){0};
+            store(s->over_queries + r / PAIR * KEYS + key, join(load(scores + r * KEYS + key), odd));
+        }
+    return s->over_queries;
+#endif
 }
 
-/* out (T, H, D) = softmax(q k' scale) v */
-int attend(number *out, const number *qkv, const sequence *sequences, int64_t count, int64_t longest, int64_t query,
-           int64_t key, int64_t width, float scale, int threads)
+/* Few sequences are cut into pieces of queries that cost the same, so that no thread waits long for another. */
+INLINE int64_t pieces_of(int64_t items, int threads) { return items < 4 * threads ? threads : 1; }
+
+/* The first query of a piece: those before it have their share of all that queries look at. */
+INLINE int64_t cut(sequence q, int64_t piece, int64_t pieces)
+{
+    double before = (double)q.prefix_length, all = before + (double)q.length, share = (double)piece / (double)pieces;
+    return (int64_t)(sqrt(before * before + (all * all - before * before) * share) - before + 0.5);
+}
+
+INLINE void put(number *to, const float *values, int64_t width, float factor)
+{
+    for (int64_t d = 0; d < width; d += LANES) write(to + d, load(values + d) * factor);
+}
+
+INLINE int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
+
+/* out (T, H, D) = softmax(q k' scale) v. `log_sums` (T, H) gets the logarithm of what the softmax divides by. */
+int attend(number *out, float *log_sums, const number *qkv, const sequence *sequences, int64_t count, int64_t longest,
+           int64_t query, int64_t key, int64_t width, float scale, int threads)
 {
     int64_t stride = (query + 2 * key) * width, out_stride = query * width;
-    int64_t parts = parts_of_group(count * key, query / key, threads), group = query / key / parts;
+    int64_t pieces = pieces_of(count * key, threads), group = query / key;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -456,23 +538,31 @@ int attend(number *out, const number *qkv, const sequence *sequences, int64_t co
 #pragma omp for schedule(static, 1) collapse(3)
         for (int64_t n = 0; n < count; n++)
             for (int64_t k = 0; k < key; k++)
-                for (int64_t part = 0; part < parts; part++) {
+                for (int64_t piece = 0; piece < pieces; piece++) {
                     if (!mine) continue;
                     sequence q = sequences[n];
-                    int64_t head = (k * parts + part) * group * width; /* the first of its query heads */
-                    int64_t size = padded(q.prefix_length + q.length);
+                    int64_t head = k * group, first = cut(q, piece, pieces);
+                    q.length = cut(q, piece + 1, pieces);
+                    const number *queries = qkv + head * width;
                     gather(&s, NULL, s.key_columns, qkv + (query + k) * width, stride, q, width);
                     gather(&s, s.value_rows, NULL, qkv + (query + key + k) * width, stride, q, width);
-                    for (int64_t row = 0; row < q.length * group; row += QUERIES) {
-                        int64_t left = q.length * group - row, rows = left < QUERIES ? left : QUERIES;
+                    for (int64_t row = first * group; row < q.length * group; row += QUERIES) {
+                        int64_t rows = least(q.length * group - row, QUERIES);
                         int64_t seen = q.prefix_length + (row + rows - 1) / group + 1;
-                        gather_queries(s.query, NULL, qkv + head, stride, q, row, rows, group, width);
-                        attention_weights(&s, q, row, rows, group, seen, size, width, scale);
-                        lay_out(s.weights, NULL, s.scores, size, rows, seen);
-                        product(s.out, width, s.weights, size, s.value_rows, width, rows, padded(seen), width, 0);
+                        gather_queries(s.query, NULL, queries, stride, q, row, rows, group, width);
+                        for (int64_t at = 0; at < seen; at += KEYS) {
+                            place tile = {row, rows, at, padded(least(seen - at, KEYS))};
+                            attention_weights(&s, q, tile, group, width, scale);
+                            const float *values = s.value_rows + at * width / PAIR;
+                            product(s.out, width, over_keys(&s, s.scores, tile), KEYS, values, width, rows, tile.count,
+                                    width, at > 0);
+                        }
                         for (int64_t r = 0; r < rows; r++) {
-                            number *to = (number *)query_row(out + head, out_stride, q, row + r, group, width);
-                            for (int64_t d = 0; d < width; d += LANES) write(to + d, load(s.out + r * width + d));
+                            number *to = (number *)query_row(out + head * width, out_stride, q, row + r, group, width);
+                            float total = sum(s.total[r]);
+                            put(to, s.out + r * width, width, 1.0f / total);
+                            log_sums[(q.start + (row + r) / group) * query + head + (row + r) % group] =
+                                s.most[r] + logf(total);
                         }
                     }
                 }
@@ -481,14 +571,33 @@ int attend(number *out, const number *qkv, const sequence *sequences, int64_t co
     return failed;
 }
 
-/* The gradient of qkv from that of `out`. `sums` (threads, T, 2 K, D) is zero: keys and values of a prefix get gradients
- * from every sequence that sees it, and threads must not add to one place. */
-int attend_backward(number *dqkv, float *sums, const number *dout, const number *out, const number *qkv,
-                    const sequence *sequences, int64_t count, int64_t longest, int64_t tokens, int64_t query,
-                    int64_t key, int64_t width, float scale, int threads)
+/* scores = the attention weights p, dscores = p (dout v' - delta): the gradient of the scores (Dao et al. 2022, arXiv
+ * 2205.14135, algorithm 4, with `most` the logarithm of the softmax' sum). */
+static void attention_gradients(scratch *s, sequence q, place tile, int64_t group, int64_t width, float scale)
+{
+    int64_t from = tile.at * width / PAIR;
+    product(s->scores, KEYS, s->query, width, s->key_columns + from, KEYS, tile.rows, width, tile.count, 0);
+    product(s->dscores, KEYS, s->dout, width, s->value_columns + from, KEYS, tile.rows, width, tile.count, 0);
+    for (int64_t r = 0; r < tile.rows; r++) {
+        float *row = s->scores + r * KEYS, *drow = s->dscores + r * KEYS;
+        int64_t seen = seen_by(q, tile, r, group);
+        for (int64_t key = 0; key < tile.count; key += LANES) {
+            vector p = {0};
+            if (key < seen) p = visible(exponential(load(row + key) * scale - s->most[r]), key, seen, 0);
+            store(row + key, p);
+            store(drow + key, p * (load(drow + key) - s->delta[r]));
+        }
+    }
+}
+
+/* The gradient of qkv from that of `out`. `sums` (threads, T, 2 K, D) is zero: keys and values of a prefix get
+ * gradients from every sequence that sees it, and threads must not add to one place. */
+int attend_backward(number *dqkv, float *sums, const number *dout, const number *out, const float *log_sums,
+                    const number *qkv, const sequence *sequences, int64_t count, int64_t longest, int64_t tokens,
+                    int64_t query, int64_t key, int64_t width, float scale, int threads)
 {
     int64_t stride = (query + 2 * key) * width, out_stride = query * width;
-    int64_t parts = parts_of_group(count * key, query / key, threads), group = query / key / parts;
+    int64_t pieces = pieces_of(count * key, threads), group = query / key;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -499,48 +608,54 @@ int attend_backward(number *dqkv, float *sums, const number *dout, const number 
 #pragma omp for schedule(static, 1) collapse(3)
         for (int64_t n = 0; n < count; n++)
             for (int64_t k = 0; k < key; k++)
-                for (int64_t part = 0; part < parts; part++) {
+                for (int64_t piece = 0; piece < pieces; piece++) {
                     if (!mine) continue;
                     sequence q = sequences[n];
-                    int64_t head = (k * parts + part) * group * width; /* the first of its query heads */
-                    int64_t keys = q.prefix_length + q.length, size = padded(keys);
-                    const number *outputs = out + head, *gradients = dout + head;
+                    int64_t head = k * group, first = cut(q, piece, pieces);
+                    q.length = cut(q, piece + 1, pieces);
+                    int64_t keys = q.prefix_length + q.length;
+                    const number *queries = qkv + head * width;
+                    const number *outputs = out + head * width, *gradients = dout + head * width;
                     gather(&s, s.key_rows, s.key_columns, qkv + (query + k) * width, stride, q, width);
                     gather(&s, NULL, s.value_columns, qkv + (query + key + k) * width, stride, q, width);
-                    memset(s.dkey, 0, sizeof(float) * (size_t)(size * width));
-                    memset(s.dvalue, 0, sizeof(float) * (size_t)(size * width));
-                    for (int64_t row = 0; row < q.length * group; row += QUERIES) {
-                        int64_t left = q.length * group - row, rows = left < QUERIES ? left : QUERIES;
-                        int64_t seen = q.prefix_length + (row + rows - 1) / group + 1, inner = paired(rows);
-                        gather_queries(s.query, s.query_columns, qkv + head, stride, q, row, rows, group, width);
+                    memset(s.dkey, 0, sizeof(float) * (size_t)(in_blocks(keys) * width));
+                    memset(s.dvalue, 0, sizeof(float) * (size_t)(in_blocks(keys) * width));
+                    for (int64_t row = first * group; row < q.length * group; row += QUERIES) {
+                        int64_t rows = least(q.length * group - row, QUERIES), inner = paired(rows);
+                        int64_t seen = q.prefix_length + (row + rows - 1) / group + 1;
+                        gather_queries(s.query, s.query_columns, queries, stride, q, row, rows, group, width);
                         gather_queries(s.dout, s.dout_columns, gradients, out_stride, q, row, rows, group, width);
-                        attention_weights(&s, q, row, rows, group, seen, size, width, scale);
-                        lay_out(NULL, s.weight_rows, s.scores, size, rows, seen);
-                        product(s.dvalue, size, s.dout_columns, QUERIES, s.weight_rows, size, width, inner, padded(seen), 1);
-                        product(s.dscores, size, s.dout, width, s.value_columns, size, rows, width, padded(seen), 0);
                         for (int64_t r = 0; r < rows; r++) {
                             const number *was = query_row(outputs, out_stride, q, row + r, group, width);
                             const number *gradient = query_row(gradients, out_stride, q, row + r, group, width);
                             vector products = {0};
                             for (int64_t d = 0; d < width; d += LANES) products += read(was + d) * read(gradient + d);
-                            float delta = sum(products);
-                            for (int64_t at = r * size; at < r * size + padded(seen); at += LANES)
-                                store(s.dscores + at, load(s.scores + at) * (load(s.dscores + at) - delta));
+                            s.delta[r] = sum(products);
+                            s.most[r] = log_sums[(q.start + (row + r) / group) * query + head + (row + r) % group];
                         }
-                        lay_out(s.weights, s.weight_rows, s.dscores, size, rows, seen);
-                        product(s.dkey, size, s.query_columns, QUERIES, s.weight_rows, size, width, inner, padded(seen), 1);
-                        product(s.out, width, s.weights, size, s.key_rows, width, rows, padded(seen), width, 0);
+                        for (int64_t at = 0; at < seen; at += KEYS) {
+                            place tile = {row, rows, at, padded(least(seen - at, KEYS))};
+                            attention_gradients(&s, q, tile, group, width, scale);
+                            product(s.dvalue + at * width, KEYS, s.dout_columns, QUERIES,
+                                    over_queries(&s, s.scores, tile), KEYS, width, inner, tile.count, 1);
+                            product(s.dkey + at * width, KEYS, s.query_columns, QUERIES,
+                                    over_queries(&s, s.dscores, tile), KEYS, width, inner, tile.count, 1);
+                            const float *over = s.key_rows + at * width / PAIR;
+                            product(s.out, width, over_keys(&s, s.dscores, tile), KEYS, over, width, rows, tile.count,
+                                    width, at > 0);
+                        }
                         for (int64_t r = 0; r < rows; r++) {
-                            number *to = (number *)query_row(dqkv + head, stride, q, row + r, group, width);
-                            for (int64_t d = 0; d < width; d += LANES) write(to + d, load(s.out + r * width + d) * scale);
+                            number *to = (number *)query_row(dqkv + head * width, stride, q, row + r, group, width);
+                            put(to, s.out + r * width, width, scale);
                         }
                     }
                     for (int64_t block = 0; block < keys; block += LANES)
                         for (int64_t d = 0; d < width; d++)
-                            for (int64_t at = block; at < keys && at < block + LANES; at++) {
+                            for (int64_t at = block; at < least(keys, block + LANES); at++) {
                                 float *to = own_sums + (token_of(q, at) * 2 * key + k) * width + d;
-                                to[0] += s.dkey[d * size + at] * scale;
-                                to[key * width] += s.dvalue[d * size + at];
+                                int64_t from = at / KEYS * KEYS * width + d * KEYS + at % KEYS;
+                                to[0] += s.dkey[from] * scale;
+                                to[key * width] += s.dvalue[from];
                             }
                 }
         free(mine ? s.all : NULL);
@@ -694,17 +809,26 @@ int adapt_backward(number *dx, number *dlow, const number *dy, const float *cons
     return 0;
 }
 
-/* Copies columns of numbers (T, up to COLUMNS) as right operands over tokens, in rows of COLUMNS words. */
-INLINE void over_tokens(float *to, const number *from, int64_t width, int64_t tokens, int64_t columns)
+/* Columns of numbers (T, up to COLUMNS) as right operands over tokens: as they are, or as words in `held`. */
+INLINE const float *over_tokens(float *held, int64_t *stride, const number *from, int64_t width, int64_t tokens,
+                                int64_t columns)
 {
+#if NUMBER_BITS == 32
+    (void)held, (void)tokens, (void)columns;
+    *stride = width;
+    return from;
+#else
+    *stride = COLUMNS;
     for (int64_t t = 0; t < tokens; t += PAIR)
         for (int64_t c = 0; c < columns; c += LANES) {
             vector values = read(from + t * width + c);
 #if PAIR == 2
             values = join(values, t + 1 < tokens ? read(from + (t + 1) * width + c) : (vector){0});
 #endif
-            store(to + t / PAIR * COLUMNS + c, values);
+            store(held + t / PAIR * COLUMNS + c, values);
         }
+    return held;
+#endif
 }
 
 /* ddown (R, I) = dlow' x; dup (O, rank) = scale dy' low, each output with the columns of its part; in float32. */
@@ -721,7 +845,8 @@ int adapter_gradients(float *ddown, float *dup, const number *dy, const number *
     for (int64_t part = 0, first = 0; part < parts; first = ends[part++]) blocks += blocks_of(ends[part] - first);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *right = memory + 2 * all_ranks * length + THREAD * words, *sums = right + length * COLUMNS;
+        float *held = memory + 2 * all_ranks * length + THREAD * words, *sums = held + length * COLUMNS;
+        int64_t stride;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < length; t += LANES)
             for (int64_t r = 0; r < all_ranks; r += LANES)
@@ -739,15 +864,15 @@ int adapter_gradients(float *ddown, float *dup, const number *dy, const number *
         for (int64_t block = 0; block < blocks; block++) {
             if (block < input_blocks) {
                 int64_t at = block * COLUMNS, columns = inputs - at < COLUMNS ? inputs - at : COLUMNS;
-                over_tokens(right, x + at, inputs, tokens, columns);
-                product(ddown + at, inputs, dlow_rows, length, right, COLUMNS, all_ranks, length, columns, 0);
+                const float *right = over_tokens(held, &stride, x + at, inputs, tokens, columns);
+                product(ddown + at, inputs, dlow_rows, length, right, stride, all_ranks, length, columns, 0);
                 continue;
             }
             int64_t own = block - input_blocks, part = 0, first = 0; /* of the part's blocks */
             for (; own >= blocks_of(ends[part] - first); first = ends[part++]) own -= blocks_of(ends[part] - first);
             int64_t at = first + own * COLUMNS, columns = ends[part] - at < COLUMNS ? ends[part] - at : COLUMNS;
-            over_tokens(right, dy + at, outputs, tokens, columns);
-            product(sums, COLUMNS, low_rows + part * rank * length, length, right, COLUMNS, rank, length, columns, 0);
+            const float *right = over_tokens(held, &stride, dy + at, outputs, tokens, columns);
+            product(sums, COLUMNS, low_rows + part * rank * length, length, right, stride, rank, length, columns, 0);
             for (int64_t c = 0; c < columns; c++)
                 for (int64_t r = 0; r < rank; r++) dup[(at + c) * rank + r] = sums[r * COLUMNS + c] * scale;
         }

@@ -111,19 +111,25 @@ class LayerOperations:
             for one in adapters
         ]
 
-    def attend(self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tensor:
-        """Return what each query head sees, (T, H, D)."""
-        return attend(qkv_TCD, heads, layout)
+    def attend(
+        self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what each query head sees, (T, H, D), and what the way back needs besides: nothing here.
+
+        Kernels keep the logarithm of what each softmax divides by, (T, H), in float32.
+        """
+        return attend(qkv_TCD, heads, layout), None
 
     def attend_backward(
         self,
         dout_THD: torch.Tensor,
         out_THD: torch.Tensor,
+        log_sums_TH: torch.Tensor | None,
         qkv_TCD: torch.Tensor,
         heads: Heads,
         layout: RowLayout,
     ) -> torch.Tensor:
-        """Return the gradient of ``qkv_TCD`` from that of the output."""
+        """Return the gradient of ``qkv_TCD`` from that of the output, and what :meth:`attend` gave."""
         return attend_backward(dout_THD, out_THD, qkv_TCD, heads, layout)
 
 

@@ -119,32 +119,36 @@ class NativeOperations(LayerOperations):
         self._run("adapter_gradients", *given)
         return [(ddown_RI[one.ranks], dup_OR[one.outputs]) for one in adapters]
 
-    def attend(self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tensor:
+    def attend(
+        self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`LayerOperations.attend`."""
         if not self._take(qkv_TCD):
             return super().attend(qkv_TCD, heads, layout)
         out_THD = torch.empty_like(qkv_TCD[:, : heads.query])
+        log_sums_TH = torch.empty(out_THD.shape[:2])
         spans = layout.spans_N4
         sizes = (len(spans), layout.longest_seen, heads.query, heads.key, qkv_TCD.shape[-1], heads.scale)
-        self._run("attend", out_THD, qkv_TCD, spans, *sizes)
-        return out_THD
+        self._run("attend", out_THD, log_sums_TH, qkv_TCD, spans, *sizes)
+        return out_THD, log_sums_TH
 
     def attend_backward(
         self,
         dout_THD: torch.Tensor,
         out_THD: torch.Tensor,
+        log_sums_TH: torch.Tensor | None,
         qkv_TCD: torch.Tensor,
         heads: Heads,
         layout: RowLayout,
     ) -> torch.Tensor:
         """See :meth:`LayerOperations.attend_backward`."""
-        if not self._take(dout_THD, out_THD, qkv_TCD):
-            return super().attend_backward(dout_THD, out_THD, qkv_TCD, heads, layout)
+        if log_sums_TH is None or not self._take(dout_THD, out_THD, qkv_TCD):
+            return super().attend_backward(dout_THD, out_THD, log_sums_TH, qkv_TCD, heads, layout)
         tokens, _, width = qkv_TCD.shape
         dqkv_TCD, spans = torch.empty_like(qkv_TCD), layout.spans_N4
         sums = torch.zeros(torch.get_num_threads(), tokens, 2 * heads.key, width)
         sizes = (len(spans), layout.longest_seen, tokens, heads.query, heads.key, width, heads.scale)
-        self._run("attend_backward", dqkv_TCD, sums, dout_THD, out_THD, qkv_TCD, spans, *sizes)
+        self._run("attend_backward", dqkv_TCD, sums, dout_THD, out_THD, log_sums_TH, qkv_TCD, spans, *sizes)
         return dqkv_TCD
 
     def log_softmax(
