@@ -65,25 +65,39 @@ def preferences(data: Path) -> Rows:
 
 
 def thumbs(data: Path) -> Rows:
-    """Answers to medical questions that people graded: 1 (incorrect) is a thumb down, 3 and 4 are thumbs up."""
+    """Answers that people graded for other people's medical questions: 1 (incorrect) is a thumb down, 3 and 4 are up.
+
+    The data has the graded answers, each behind the question that it was written for, and not what was asked. So the
+    prompt is the question that the best graded answer was written for; where none is excellent (4), it is left out.
+    """
     with zipfile.ZipFile(data / "medquad" / "LiveQA-Med-Qrels.zip") as archive:
         names = [name for name in archive.namelist() if not name.startswith("__")]
         grades, answers = (
             archive.read(next(name for name in names if part in name)).decode("utf-8", "replace")
             for part in ("qrels", "Answers-retrieved")
         )
-    texts = {row["AnswerID"]: row["Answer"] for row in csv.DictReader(io.StringIO(answers))}
-    rows = []
+    texts = {row["AnswerID"]: row["Answer"].partition("Answer:") for row in csv.DictReader(io.StringIO(answers))}
+    asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for line in grades.splitlines():
-        _, grade, answer = line.split()[:3]
-        parts = texts.get(answer, "").partition("Answer:")
-        question = parts[0].partition("Question:")[2].partition("(Also called")[0].partition("URL:")[0].strip()
-        if grade[0] in "134" and question and parts[2].strip():
-            short = " ".join(parts[2].split()[:120])
-            rows.append({"question": question, "answer": short, "thumb": "down" if grade[0] == "1" else "up"})
+        asked_id, grade, answer_id = line.split()[:3]
+        if answer_id in texts and texts[answer_id][2].strip():
+            asked[asked_id].append((grade[0], answer_id))
+    sides, rows = ["train"] * 8 + ["validation", "test"], list[dict[str, Any]]()
+    for graded in asked.values():
+        best = next((texts[answer][0] for grade, answer in graded if grade == "4"), None)
+        if best is None:
+            continue
+        question = best.partition("Question:")[2].partition("(Also called")[0].partition("URL:")[0].strip()
+        side = random.Random(question).choice(sides)  # no question is on two sides
+        for grade, answer in graded:
+            if grade in "134":
+                text = " ".join(texts[answer][2].split()[:120])
+                rows.append(
+                    {"question": question, "answer": text, "thumb": "down" if grade == "1" else "up", "split": side}
+                )
     unique = list({(row["question"], row["answer"]): row for row in rows}.values())
     random.Random(0).shuffle(unique)
-    return divided(unique[:700], validation=80, test=80)
+    return unique
 
 
 def intents(data: Path) -> Rows:

@@ -66,7 +66,7 @@ def make(method: str, model: Any, tokens_per_row: int = WIDE) -> Any:
         "ipo": lambda: Dpo(rows, DpoOptions(loss="ipo"), tokens_per_row),
         "orpo": lambda: Orpo(rows, OrpoOptions(beta=0.4), tokens_per_row),
         "orpo_with_prompt": lambda: Orpo(rows, OrpoOptions(beta=0.4, learn_prompt=True), tokens_per_row),
-        "kto": lambda: Kto(rows, KtoOptions(beta=0.3, desirable_weight=1.5), tokens_per_row),
+        "kto": lambda: Kto(rows, KtoOptions(beta=0.3, desirable_weight=1.5, undesirable_weight=1.0), tokens_per_row),
         "reward": lambda: Reward(rows, RewardOptions(centre=0.1), tokens_per_row),
     }
     return objectives[method]()

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from luthier.errors import CapacityError, InputError
 from luthier.records.base_model import Machine, ModelShape
+from luthier.records.objectives import KtoOptions
 from luthier.records.training import TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
 from luthier.train.plan import SECONDS_TO_START, Material, computed_tokens, plan_training, validations
@@ -265,6 +266,25 @@ def test_the_drift_of_thumbs_is_in_the_time() -> None:
     plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
     learned = plan.computed_tokens_per_epoch
     assert passes(plan) == {"reference": 2 * learned, "drift": int(plan.resolved.epochs) * learned}
+
+
+@pytest.mark.parametrize(
+    ("likes", "given", "weights"),
+    [
+        (6, {}, (3.0, 1.0)),
+        (18, {}, (1.0, 3.0)),
+        (6, {"desirable_weight": 1.5}, (1.5, 1.0)),
+        (18, {"undesirable_weight": 2.0}, (1.0, 2.0)),
+    ],
+)
+def test_the_rarer_kind_of_thumbs_counts_as_much(
+    likes: int, given: dict[str, float], weights: tuple[float, float]
+) -> None:
+    thumbs = [replace(example, label=float(i < likes)) for i, example in enumerate(examples(24))]
+    config = TrainingConfig(method="kto", kto=KtoOptions(**given))
+    plan = plan_training(Material(thumbs, [], RenderReport()), config, SHAPE, MACHINE)
+    assert (plan.resolved.kto.desirable_weight, plan.resolved.kto.undesirable_weight) == weights
+    assert {"weight of thumbs up", "weight of thumbs down"} <= {reason.name for reason in plan.reasons}
 
 
 def test_a_validation_at_the_end_of_each_pass_counts_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from luthier.records.record import Record
 
 Method = Literal["supervised", "raw_text", "dpo", "orpo", "kto", "reward", "classification", "regression"]
 Product = Literal["generator", "scorer", "classifier"]
+
+Weight = Annotated[float, Field(gt=0)]
 
 PAIRED: frozenset[Method] = frozenset({"dpo", "orpo", "reward"})
 
@@ -46,8 +48,8 @@ class KtoOptions(Record):
     """Options of Kahneman-Tversky optimisation, which learns from thumbs."""
 
     beta: float = Field(0.1, gt=0, description="strength of the pull towards the starting model")
-    desirable_weight: float = Field(1.0, gt=0, description="weight of examples with thumbs up")
-    undesirable_weight: float = Field(1.0, gt=0, description="weight of examples with thumbs down")
+    desirable_weight: Weight | Literal["auto"] = Field("auto", description="weight of examples with thumbs up")
+    undesirable_weight: Weight | Literal["auto"] = Field("auto", description="weight of examples with thumbs down")
 
 
 class RewardOptions(Record):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from luthier.records.base_model import Machine, ModelShape
-from luthier.records.objectives import Method
+from luthier.records.objectives import KtoOptions, Method
 from luthier.records.training import ADAPTERS, AUTO, AdapterShape, Derived, Resolved, TrainingConfig
 
 T = TypeVar("T")
@@ -19,11 +19,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Amount:
-    """How much there is to learn from: examples, their tokens with loss, and the tokens of the longest one of all."""
+    """How much there is to learn from: examples, their tokens with loss, and the tokens of the longest one of all.
+
+    ``liked`` counts those with thumbs up, where examples have thumbs.
+    """
 
     examples: int
     loss_tokens: int
     longest: int
+    liked: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def resolve(
         supervised=config.supervised,
         dpo=config.dpo,
         orpo=config.orpo,
-        kto=config.kto,
+        kto=_kto(config, amount, reasons),
         reward=config.reward,
     )
     return resolved, steps, reasons.found
@@ -212,6 +216,21 @@ def _learning_rate(config: TrainingConfig, shape: ModelShape, batch_size: int, r
     if config.learning_rate_multiplier != 1.0:
         reason += f", times {config.learning_rate_multiplier:g} as given"
     return reasons.pick("learning rate", config.learning_rate, derived, reason)
+
+
+def _kto(config: TrainingConfig, amount: Amount, reasons: Reasons) -> KtoOptions:
+    """Return the options with weights by which thumbs up and down count the same: the rarer kind's is above 1."""
+    if config.method != "kto":
+        return config.kto
+    liked, disliked = max(1, amount.liked), max(1, amount.examples - amount.liked)
+    reason = f"{amount.liked:,} of {amount.examples:,} examples have thumbs up, and both kinds are to count the same"
+    up, down = max(1.0, disliked / liked), max(1.0, liked / disliked)
+    return config.kto.model_copy(
+        update={
+            "desirable_weight": reasons.pick("weight of thumbs up", config.kto.desirable_weight, up, reason),
+            "undesirable_weight": reasons.pick("weight of thumbs down", config.kto.undesirable_weight, down, reason),
+        }
+    )
 
 
 def _last_layers(config: TrainingConfig, shape: ModelShape, reasons: Reasons) -> int:

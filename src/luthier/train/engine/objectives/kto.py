@@ -23,6 +23,7 @@ class Kto:
 
     r = log pi(answer) / ref(answer). z estimates how far the model has moved at all: the batch's mean, at least 0, of
     r for answers that belong to another prompt (each is given the nearest one before it in the data), without gradient.
+    The options' weights are numbers: a plan has made them so.
     """
 
     model: RowModel
@@ -60,7 +61,8 @@ class Kto:
         liked_N = torch.tensor([unit.label == 1.0 for unit in members], device=device)
         direction_N = torch.where(liked_N, 1.0, -1.0)
         losses_N = 1 - torch.sigmoid(self.options.beta * direction_N * (rewards_N - drift))
-        weights_N = torch.where(liked_N, self.options.desirable_weight, self.options.undesirable_weight)
+        up, down = float(self.options.desirable_weight), float(self.options.undesirable_weight)
+        weights_N = torch.where(liked_N, up, down)
         weights_N = weights_N * torch.tensor([unit.weight for unit in members], device=device)
         scaled_N = self.options.beta * rewards_N.detach()
         return PartLoss((losses_N * weights_N).sum() / total, _sums(scaled_N, liked_N, drift))
