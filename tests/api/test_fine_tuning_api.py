@@ -258,9 +258,11 @@ def test_a_running_job_is_paused_resumed_and_cancelled(shop: Live, acme: openai.
         ask(acme, checkpoint.fine_tuned_model_checkpoint)
     resumed: Any = acme.fine_tuning.jobs.resume(job.id)
     assert (resumed.status, resumed.x_paused) == ("queued", False)
-    with pytest.raises(openai.ConflictError, match="only a paused one"):
+    with pytest.raises(openai.ConflictError, match="only a paused or failed one"):
         acme.fine_tuning.jobs.resume(job.id)
     assert acme.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    with pytest.raises(openai.ConflictError, match="is cancelled; only a paused or failed one"):
+        acme.fine_tuning.jobs.resume(job.id)
     messages = [event.message for event in acme.fine_tuning.jobs.list_events(job.id)]
     assert messages[:2] == ["The job was asked to stop for good", "The job was resumed"]
     assert "The job was asked to pause" in messages

@@ -207,7 +207,8 @@ def test_run_stops_at_its_next_safe_point_when_asked(
 ) -> None:
     run = execute(store, monkeypatch, workflow)
     assert (run.status, run.owner, run.request, run.error) == (status, None, None, None)
-    assert f"Stopped on request ({workflow.split('_')[0]})" in messages(store)[-1]
+    hint = "\nHint: luthier run resume run" if status == "paused" else ""
+    assert messages(store)[-1] == f"Stopped on request ({workflow.split('_')[0]}).{hint}"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")

@@ -247,7 +247,7 @@ def test_request_acts_at_once_unless_the_run_is_running_or_finished(
     assert run.request == (request_ if status == "running" else None)
 
 
-@pytest.mark.parametrize("status", ["paused", "failed", "cancelled"])
+@pytest.mark.parametrize("status", ["paused", "failed"])
 def test_stopped_run_goes_back_into_the_queue_as_new(store: Store, status: RunStatus) -> None:
     run_with(store, status)
     run = store.runs.requeue("run")
@@ -264,10 +264,12 @@ def test_run_that_waits_or_runs_is_left_as_it_is_by_requeueing(store: Store, sta
     assert store.runs.requeue("run") == before
 
 
-def test_succeeded_run_is_not_queued_again(store: Store) -> None:
-    run_with(store, "succeeded")
-    with pytest.raises(ConflictError, match="already succeeded"):
+@pytest.mark.parametrize("status", ["succeeded", "cancelled"])
+def test_run_that_has_ended_for_good_is_not_queued_again(store: Store, status: RunStatus) -> None:
+    run_with(store, status)
+    with pytest.raises(ConflictError, match=f"is {status}; only a paused or failed one can be resumed"):
         store.runs.requeue("run")
+    assert store.runs.get("run").status == status
 
 
 def test_request_of_a_run_whose_owner_died_is_seen_by_the_next_owner(store: Store) -> None:

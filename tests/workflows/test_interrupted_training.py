@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.errors import InputError, NotFoundError, RunStopped
+from luthier.errors import ConflictError, InputError, NotFoundError, RunStopped
 from luthier.jobs.launch import follow, start, submit
 from luthier.records.run import RunEvent
 from luthier.records.training import TrainingConfig
@@ -88,6 +88,11 @@ def test_a_cancelled_run_leaves_no_model(store: Store, tmp_path: Path) -> None:
     process.wait()
     assert store.runs.get(run.id).status == "cancelled"
     assert store.models.all() == []
+    with pytest.raises(RunStopped, match="is cancelled") as stopped:
+        finished_result(store, run.id)
+    assert stopped.value.hint is None
+    with pytest.raises(ConflictError, match="is cancelled"):
+        store.runs.requeue(run.id)
 
 
 def test_what_cannot_be_trained_is_refused_before_a_run_begins(store: Store, tmp_path: Path) -> None:

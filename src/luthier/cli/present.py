@@ -131,8 +131,8 @@ class RunView:
             if self.run_id and not store.runs.get(self.run_id).is_finished:
                 store.runs.request(self.run_id, "pause")
                 self.note("Pausing: saving the state …")
-                follow(store, self.run_id, after=self._seen)
-                self.note(f"Paused. Go on with: luthier run resume {self.run_id}")
+                if follow(store, self.run_id, after=self._seen).status == "paused":
+                    self.note(f"Paused. Go on with: luthier run resume {self.run_id}")
             raise
 
     def note(self, text: str, style: str | None = None) -> None:

@@ -90,7 +90,7 @@ def pause(run_id: str) -> None:
 
 @app.command()
 def resume(run_id: str, as_json: bool = Json) -> None:
-    """Go on with a run that was paused, stopped, killed or failed, from its last checkpoint."""
+    """Go on with a run that was paused, killed or failed, from its last checkpoint; a cancelled one is over."""
     from luthier.jobs.worker import WORKFLOWS
 
     store = open_store()

@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 from luthier.errors import RunStopped
+from luthier.jobs.ending import stopped_on_request
 from luthier.records.run import EventLevel, Run, RunRequest
 from luthier.store.store import Store
 
@@ -62,7 +63,6 @@ class RunContext:
             RunStopped: it was asked to pause or cancel, or goes back into the queue.
         """
         if self.request:
-            hint = f"luthier run resume {self.run.id}"
-            raise RunStopped(f"Stopped on request ({self.request}).", hint=hint)
+            raise stopped_on_request(self.run.id, self.request)
         if self.leaving.is_set():
             raise RunStopped("The process that ran it is ending; the run goes back into the queue.")

@@ -7,6 +7,12 @@ from luthier.records.run import Run, RunRequest, RunStatus
 from luthier.store.store import Store
 
 
+def stopped_on_request(run_id: str, request: RunRequest) -> RunStopped:
+    """Return the error that ends a run where a person asked for it; after a pause it says how to go on."""
+    hint = f"luthier run resume {run_id}" if request == "pause" else None
+    return RunStopped(f"Stopped on request ({request}).", hint=hint)
+
+
 def end_with_error(store: Store, run: Run, owner: str, error: Exception, request: RunRequest | None) -> None:
     """End a run, or its hold, because of an error: paused, cancelled, failed, or back into the queue.
 

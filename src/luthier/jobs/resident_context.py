@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from luthier.errors import RunStopped
+from luthier.jobs.ending import stopped_on_request
 from luthier.records.access import Caller
 from luthier.records.run import EventLevel, Run, RunRequest
 from luthier.store.store import Store
@@ -99,7 +99,7 @@ class ResidentContext:
             RunStopped: it was asked to pause or cancel.
         """
         if self.request:
-            raise RunStopped(f"Stopped on request ({self.request}).", hint=f"luthier run resume {self.run.id}")
+            raise stopped_on_request(self.run.id, self.request)
 
     async def unless_asked(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Return the result of ``work``; it is cancelled as soon as a person asks the run to pause or cancel.

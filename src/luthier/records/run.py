@@ -17,6 +17,7 @@ RunRequest = Literal["pause", "cancel"]
 EventLevel = Literal["info", "warning", "error"]
 
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+RESUMABLE: frozenset[str] = frozenset({"paused", "failed"})  # to cancel a run is to stop it for good
 
 
 class Run(Record):

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from luthier.errors import ConflictError, NotFoundError
 from luthier.records.access import DEFAULT_PROJECT
-from luthier.records.run import FINISHED, EventLevel, Run, RunEvent, RunKind, RunRequest, RunStatus
+from luthier.records.run import FINISHED, RESUMABLE, EventLevel, Run, RunEvent, RunKind, RunRequest, RunStatus
 from luthier.records.stored import Metadata, Page
 from luthier.store.database import Database
 from luthier.store.tables import run_events, runs
@@ -229,17 +229,19 @@ class RunStore:
         return self.get(run.id)
 
     def requeue(self, run_id: str) -> Run:
-        """Put a paused, failed or cancelled run back into the queue; it goes on from its last checkpoint.
+        """Put a paused or failed run back into the queue; it goes on from its last checkpoint.
+
+        One that waits or runs is left as it is.
 
         Raises:
             NotFoundError: there is none of that id.
-            ConflictError: it has succeeded.
+            ConflictError: it has succeeded, or was cancelled.
         """
         run = self.get(run_id)
-        if run.status == "succeeded":
-            raise ConflictError(f"Run {run_id} has already succeeded.")
+        if run.is_finished and run.status not in RESUMABLE:
+            raise ConflictError(f"Run {run_id} is {run.status}; only a paused or failed one can be resumed.")
         fresh = {"status": "queued", "request": None, "error": None, "attempts": 0, "finished_at": None}
-        stopped = (runs.c.id == run_id) & runs.c.status.in_(("paused", "failed", "cancelled"))
+        stopped = (runs.c.id == run_id) & runs.c.status.in_(RESUMABLE)
         with self._database.write() as connection:
             connection.execute(sa.update(runs).where(stopped).values(**fresh))
         return self.get(run_id)

@@ -9,7 +9,7 @@ from luthier.errors import ConflictError, InputError, NotFoundError
 from luthier.jobs.launch import submit
 from luthier.records.fine_tuning import Checkpoint, Hyperparameters, JobRequest, TrainingFiles
 from luthier.records.model import SUFFIX
-from luthier.records.run import Run, RunEvent, RunKind, RunRequest
+from luthier.records.run import RESUMABLE, Run, RunEvent, RunKind, RunRequest
 from luthier.records.stored import Page
 from luthier.records.training import AUTO, TrainingConfig
 from luthier.serve.api_error import ApiError, model_not_found
@@ -95,16 +95,16 @@ def stop_job(store: Store, project: str, job: str, request: RunRequest) -> Run:
 
 
 def resume_job(store: Store, project: str, job: str) -> Run:
-    """Put a paused job back into the queue; it goes on from its last checkpoint.
+    """Put a paused or failed job back into the queue; it goes on from its last checkpoint.
 
     Raises:
         NotFoundError: the project has no such job.
-        ConflictError: it is not paused.
+        ConflictError: it has neither been paused nor failed.
     """
     run = find_job(store, project, job)
-    if run.status != "paused":
+    if run.status not in RESUMABLE:
         stopping = ", and has not yet come to where it pauses" if run.request == "pause" else ""
-        raise ConflictError(f"The job {job} is {run.status}{stopping}; only a paused one can be resumed.")
+        raise ConflictError(f"The job {job} is {run.status}{stopping}; only a paused or failed one can be resumed.")
     resumed = store.runs.requeue(run.id)
     store.runs.add_event(run.id, "The job was resumed")
     return resumed

@@ -76,7 +76,7 @@ def finished_result(store: Store, run_id: str) -> dict[str, Any]:
         raise InputError(f"Run {run_id} failed: {run.error}")
     if run.status != "succeeded" or run.result is None:
         message = f"Run {run_id} is {run.status}." + (f" {run.error}" if run.error else "")
-        raise RunStopped(message, hint=f"luthier run resume {run_id}")
+        raise RunStopped(message, hint=None if run.status == "cancelled" else f"luthier run resume {run_id}")
     return run.result
 
 
