@@ -110,6 +110,8 @@ def test_bad_rows_are_listed_with_their_lines(home: Path, tmp_path: Path) -> Non
         (("model", "show", "ft:x"), "There is no tuned model 'ft:x'"),
         (("model", "export", "x", "--form", "gguf", "--to", "y"), "There is no form 'gguf'"),
         (("serve", "--host", "0.0.0.0"), "there is no key"),  # noqa: S104 - is refused
+        (("serve", "--port", "99999"), "Invalid value for '--port'"),
+        (("up", "--port", "-1"), "Invalid value for '--port'"),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback(home: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -17,7 +17,7 @@ import typer
 from luthier.cli.present import open_store
 
 HOST = typer.Option("127.0.0.1", help="Where to listen; other addresses than the loopback need a key.")
-PORT = typer.Option(8000, help="0 takes a free one.")
+PORT = typer.Option(8000, min=0, max=65535, help="0 takes a free one.")
 API_KEY = typer.Option(None, envvar="LUTHIER_API_KEY", help="One more key beside those of `luthier key`.")
 ANNOUNCE = typer.Option(
     False, help="For programs: print the address as a JSON line once it is ready, end when standard input ends."
