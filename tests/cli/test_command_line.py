@@ -112,10 +112,25 @@ def test_bad_rows_are_listed_with_their_lines(home: Path, tmp_path: Path) -> Non
         (("serve", "--host", "0.0.0.0"), "there is no key"),  # noqa: S104 - is refused
         (("serve", "--port", "99999"), "Invalid value for '--port'"),
         (("up", "--port", "-1"), "Invalid value for '--port'"),
+        (("serve", "--extra", "foo"), "--extra takes NAME=FOLDER, each name once; not 'foo'."),
+        (("serve", "--extra", "foo="), "not 'foo='."),
+        (("serve", "--extra", "foo=a", "--extra", "foo=b"), "not 'foo=b'."),
+        (("serve", "--extra", "foo=nowhere", "--port", "0"), "foo: no folder nowhere"),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback(home: Path, arguments: tuple[str, ...], message: str) -> None:
     assert message in luthier(home, *arguments, ok=False).stderr
+
+
+def test_a_further_model_without_what_serving_needs_is_refused_at_the_start(home: Path, tiny_base: Path) -> None:
+    lacks_tokenizer = home.with_name("lacks-tokenizer")
+    lacks_tokenizer.mkdir()
+    (lacks_tokenizer / "model.gguf").write_bytes(b"GGUF")
+    further = ("--extra", f"one={tiny_base}", "--extra", f"two={lacks_tokenizer}")
+    refused = luthier(home, "serve", "--port", "0", *further, ok=False).stderr
+    assert f"one: {tiny_base} has no model.gguf" in refused
+    assert f"two: {lacks_tokenizer} has no tokenizer.json" in refused
+    assert "luthier model export" in refused
 
 
 def test_a_model_chats_in_the_terminal(home: Path, tiny_base: Path) -> None:

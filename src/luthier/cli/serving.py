@@ -88,9 +88,22 @@ def serve(
 ) -> None:
     """Serve models only: like `luthier up`, but the queue of runs is left to others."""
     _write_logs(log_format, log_level, announce=announce)
-    folders = {name: Path(folder) for name, _, folder in (text.partition("=") for text in extra)}
+    folders = _extra_folders(extra)
     options = {"log_prompts": log_prompts}
     _serve(host, port, api_key, announce=announce, grace=grace, options=options, folders=folders, only_extra=only_extra)
+
+
+def _extra_folders(texts: list[str]) -> dict[str, Path]:
+    from luthier.errors import InputError
+
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        if not (name and folder) or name in folders:
+            rule = "--extra takes NAME=FOLDER, each name once"
+            raise InputError(f"{rule}; not {text!r}.", hint="for example --extra mine=exports/mine")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _serve(

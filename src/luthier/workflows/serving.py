@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from luthier.errors import EngineError, InputError, NotFoundError
+from luthier.errors import EngineError, InputError, LuthierError, NotFoundError
 from luthier.llm.engine_interface import Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.llm.engine_servers import EngineServers, Servable
@@ -19,6 +19,7 @@ from luthier.serve.deadline import RequestLimits
 from luthier.serve.pool import MAX_LOADED, ModelPool, ServedModelInfo
 from luthier.settings import Settings
 from luthier.store.store import Store
+from luthier.templates.chat_format import ChatFormat
 from luthier.workflows.models import GGUF_FILE, SERVED_FORM, decoder, encoder_folder, model_named, served_folder
 from luthier.workflows.sharing import models_shared_with
 
@@ -44,8 +45,12 @@ def model_pool(
         stand_ins: Patterns of names that a client may ask for (``gpt-4o-mini*``) → the base that answers.
         settings: What runs the store's models, and how much memory it may take; None takes engines of this machine.
             The further models always run here.
+
+    Raises:
+        InputError: a folder of ``extra`` has not what serving needs.
     """
     folders = dict(extra or {})
+    _check_extra(folders)
     servers = EngineServers(settings.engine, settings.engine_api_key) if settings and settings.engine != HERE else None
     servables: dict[Path, Servable] = {}
 
@@ -87,6 +92,27 @@ def model_pool(
         memory_bytes=settings.engine_memory if settings else None,
         limits=RequestLimits(settings.max_requests, settings.request_seconds) if settings else None,
     )
+
+
+def _check_extra(folders: Mapping[str, Path]) -> None:
+    """Refuse folders without weights in GGUF, or without a chat format that can be read."""
+    problems = []
+    for name, folder in folders.items():
+        if not (folder / GGUF_FILE).is_file():
+            problems.append(
+                f"{name}: {folder} has no {GGUF_FILE}" if folder.is_dir() else f"{name}: no folder {folder}"
+            )
+            continue
+        try:
+            ChatFormat.load(folder)
+        except LuthierError as error:
+            problems.append(f"{name}: {error.message}")
+    if problems:
+        raise InputError(
+            f"A further model needs a folder with {GGUF_FILE} and its chat format (tokenizer.json and so on).",
+            problems=problems,
+            hint="luthier model export MODEL --form gguf-f16 --to FOLDER makes one",
+        )
 
 
 def _servable(store: Store, name: str, project: str, servers: EngineServers) -> tuple[Path, Servable]:
