@@ -75,6 +75,15 @@ def extra(folder: Path) -> tuple[str, ...]:
     return ("serve", "--only-extra", "--extra", f"endless={folder}", "--log-format", "json", "--log-level", "info")
 
 
+def test_a_stand_in_whose_model_is_not_here_is_told_at_the_start(start: Callable[..., Service]) -> None:
+    service = start("up", "--log-format", "json", LUTHIER_STAND_INS="gpt-*=nope,o1=ft:nope:local::1")
+    base, tuned = (line["message"] for line in service.lines() if line["level"] == "warning")
+    assert base.startswith("LUTHIER_STAND_INS lets 'nope' answer for 'gpt-*', but 'nope' is not here")
+    assert base.endswith("luthier model pull nope")
+    assert tuned.endswith("luthier model list")
+    assert httpx.get(f"{service.url}/health").status_code == 200
+
+
 def test_a_stream_under_way_is_finished_at_the_end_and_the_log_tells_of_it(
     start: Callable[..., Service], endless_model: Path
 ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import httpx
@@ -124,6 +125,24 @@ def test_a_run_that_is_under_way_at_the_end_goes_on_at_the_next_start(start: Cal
     client.fine_tuning.jobs.cancel(job)
     until(lambda: client.fine_tuning.jobs.retrieve(job).status == "cancelled")
     store.close()
+
+
+def test_a_home_without_models_is_told_how_to_get_one(tmp_path: Path, home: Path) -> None:
+    assert "There is no model yet: luthier model pull smollm2-135m" in shown_by_up(tmp_path / "empty")
+    shown = shown_by_up(home)
+    assert "  tiny-base\n" in shown
+    assert "no model yet" not in shown
+
+
+def shown_by_up(home: Path) -> str:
+    """Return what ``luthier up`` prints up to its example for clients."""
+    command = [sys.executable, "-m", "luthier", "up", "--port", "0"]
+    environment = {**os.environ, "LUTHIER_HOME": str(home)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stdout is not None
+        lines = list(takewhile(str.strip, process.stdout))
+        process.terminate()
+    return "".join(lines)
 
 
 def test_off_loopback_it_does_not_start_without_a_key(home: Path) -> None:

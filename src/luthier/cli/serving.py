@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,7 @@ LOG_PROMPTS = typer.Option(
     False, "--log-prompts", envvar="LUTHIER_LOG_PROMPTS", help="Write what models are asked into the log, too."
 )
 GRACE = typer.Option(10, min=0, envvar="LUTHIER_GRACE_SECONDS", help="Seconds for requests under way at the end.")
+log = logging.getLogger("luthier.api")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -123,7 +125,7 @@ def _serve(
     from luthier.errors import InputError
     from luthier.records.access import Rates
     from luthier.settings import load_settings
-    from luthier.workflows.serving import model_pool
+    from luthier.workflows.serving import missing_stand_ins, model_pool
 
     store = open_store()
     needs_key = api_key is not None or store.keys.any()
@@ -133,6 +135,8 @@ def _serve(
             hint="luthier key create NAME, or set LUTHIER_API_KEY",
         )
     settings = load_settings()
+    for line in () if only_extra else missing_stand_ins(store, settings.stand_ins):
+        log.warning(line)
     pool = model_pool(store, folders, only_extra=only_extra, stand_ins=settings.stand_ins, settings=settings)
 
     def ready(url: str) -> None:
@@ -140,8 +144,11 @@ def _serve(
             typer.echo(json.dumps({"url": url}))
             return
         typer.echo(f"Serving on {url}/v1 (stop with Ctrl-C)")
-        for model in pool.models():
+        models = pool.models()
+        for model in models:
             typer.echo(f"  {model.name}")
+        if not models:
+            typer.echo("  There is no model yet: luthier model pull smollm2-135m")
         key = "one of `luthier key list`" if needs_key else "none"
         typer.echo(f'\nfrom openai import OpenAI\nclient = OpenAI(base_url="{url}/v1", api_key="{key}")')
 

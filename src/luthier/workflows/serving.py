@@ -94,6 +94,17 @@ def model_pool(
     )
 
 
+def missing_stand_ins(store: Store, stand_ins: Mapping[str, str]) -> list[str]:
+    """Return a line for every pattern of ``LUTHIER_STAND_INS`` whose model is not in the store, with what mends it."""
+    here = {base.id for base in store.models.bases()} | {model.name for model in store.models.all()}
+    return [
+        f"LUTHIER_STAND_INS lets {name!r} answer for {pattern!r}, but {name!r} is not here, so such requests fail. "
+        + ("See luthier model list" if name.startswith("ft:") else f"Fetch it: luthier model pull {name}")
+        for pattern, name in stand_ins.items()
+        if name not in here
+    ]
+
+
 def _check_extra(folders: Mapping[str, Path]) -> None:
     """Refuse folders without weights in GGUF, or without a chat format that can be read."""
     problems = []
