@@ -112,6 +112,8 @@ def test_bad_rows_are_listed_with_their_lines(home: Path, tmp_path: Path) -> Non
         (("serve", "--host", "0.0.0.0"), "there is no key"),  # noqa: S104 - is refused
         (("serve", "--port", "99999"), "Invalid value for '--port'"),
         (("up", "--port", "-1"), "Invalid value for '--port'"),
+        (("train", "questions", "--suffix", "a b"), "The suffix 'a b' is not 1 to 64 of the letters"),
+        (("train", "questions", "--suffix", "-a", "--plan"), "The suffix '-a' is not 1 to 64 of the letters"),
         (("serve", "--extra", "foo"), "--extra takes NAME=FOLDER, each name once; not 'foo'."),
         (("serve", "--extra", "foo="), "not 'foo='."),
         (("serve", "--extra", "foo=a", "--extra", "foo=b"), "not 'foo=b'."),

@@ -101,6 +101,8 @@ def test_what_cannot_be_trained_is_refused_before_a_run_begins(store: Store, tmp
         plan(store, good.model_copy(update={"dataset": "qestions"}))
     with pytest.raises(NotFoundError, match="Did you mean 'tiny-base'"):
         plan(store, good.model_copy(update={"base": "tiny-bas"}))
+    with pytest.raises(InputError, match="suffix 'a b' is not"):
+        plan(store, good.model_copy(update={"suffix": "a b"}))
     with pytest.raises(InputError, match="not divided"):
         plan(store, good.model_copy(update={"dataset": "questions@1"}))
     with pytest.raises(InputError, match="cannot be learned"):

@@ -17,7 +17,7 @@ def train(
     dataset: str = typer.Argument(None, help="A divided dataset: name, or name@version."),
     template: str = typer.Option(None, "--template", "-t", help="A saved template; none for conversations."),
     base: str = typer.Option("smollm2-135m", "--base", "-b", help="A base model that was pulled."),
-    suffix: str = typer.Option("", help="Stands in the model's name."),
+    suffix: str = typer.Option("", help="Stands in the model's name: letters, digits, . _ -"),
     method: str = typer.Option(
         None, "--method", "-m", help="supervised, raw_text, dpo, orpo, kto, reward, classification or regression."
     ),
@@ -37,6 +37,10 @@ def train(
         return
     if dataset is None:
         raise typer.BadParameter("name a dataset (luthier dataset list)", param_hint="DATASET")
+    from luthier.records.model import check_suffix
+
+    if suffix:
+        check_suffix(suffix)
     from luthier.jobs.launch import start, submit
     from luthier.records.record import validated
     from luthier.workflows.training import TrainRequest, finished_result

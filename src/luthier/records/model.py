@@ -15,7 +15,7 @@ from luthier.records.template import TemplateVersion
 from luthier.records.training import Resolved, TrainingResult
 
 ArtifactKind = Literal["adapter", "merged", "gguf-q8_0", "gguf-f16"]
-SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class Artifact(Record):
@@ -99,14 +99,26 @@ class TunedModel(Record):
         return self.template.template.content_hash if self.template else None
 
 
+def check_suffix(suffix: str) -> None:
+    """Refuse what cannot stand in a model's name.
+
+    Raises:
+        InputError: the suffix is not 1 to 64 letters, digits, ``.``, ``_`` or ``-``, the first a letter or digit.
+    """
+    if not SUFFIX.fullmatch(suffix):
+        raise InputError(
+            f"The suffix {suffix!r} is not 1 to 64 of the letters A-Z a-z 0-9 . _ -, the first a letter or digit."
+        )
+
+
 def tuned_name(base: str, organisation: str, suffix: str, run_id: str) -> str:
     """Return ``ft:<base>:<org>:<suffix>:<id>``, OpenAI's form of a tuned model's name.
 
     Raises:
-        InputError: the suffix is not 1 to 64 letters, digits, ``.``, ``_`` or ``-``.
+        InputError: there is a suffix, and it breaks its rule.
     """
-    if suffix and not SUFFIX.match(suffix):
-        raise InputError(f"The suffix {suffix!r} is not 1 to 64 of the letters A-Z a-z 0-9 . _ -")
+    if suffix:
+        check_suffix(suffix)
     return f"ft:{base.replace(':', '-')}:{organisation}:{suffix}:{run_id.rsplit('-', 1)[-1]}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from luthier.errors import ConflictError, InputError, NotFoundError
 from luthier.jobs.launch import submit
 from luthier.records.fine_tuning import Checkpoint, Hyperparameters, JobRequest, TrainingFiles
-from luthier.records.model import SUFFIX
+from luthier.records.model import check_suffix
 from luthier.records.run import RESUMABLE, Run, RunEvent, RunKind, RunRequest
 from luthier.records.stored import Page
 from luthier.records.training import AUTO, TrainingConfig
@@ -37,11 +37,11 @@ def create_job(store: Store, project: str, asked: JobRequest) -> Run:
     _check_file(store, project, asked.training_file, "training_file")
     if asked.validation_file is not None:
         _check_file(store, project, asked.validation_file, "validation_file")
-    if asked.suffix is not None and not SUFFIX.fullmatch(asked.suffix):
-        message = (
-            f"The suffix {asked.suffix!r} is not 1 to 64 of the letters A-Z a-z 0-9 . _ -, the first a letter or digit."
-        )
-        raise ApiError(400, message, param="suffix", code="invalid_value")
+    if asked.suffix is not None:
+        try:
+            check_suffix(asked.suffix)
+        except InputError as error:
+            raise ApiError(400, error.message, param="suffix", code="invalid_value") from error
     request = TrainRequest(
         base=base,
         files=TrainingFiles(training=asked.training_file, validation=asked.validation_file),

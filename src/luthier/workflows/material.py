@@ -19,6 +19,7 @@ from luthier.records.base_model import BaseModelInfo, Machine
 from luthier.records.dataset import DatasetVersion
 from luthier.records.example import Conversation, Example, Message
 from luthier.records.fine_tuning import TrainingFiles
+from luthier.records.model import check_suffix
 from luthier.records.objectives import PAIRED, product
 from luthier.records.record import Record
 from luthier.records.template import TemplateVersion
@@ -118,9 +119,11 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
 
     Raises:
         NotFoundError: the base, dataset or template is not there.
-        InputError: the examples do not fit the method, or cannot be learned as they are.
+        InputError: the suffix breaks its rule, or the examples do not fit the method or cannot be learned as they are.
     """
     options = request.options
+    if request.suffix:
+        check_suffix(request.suffix)
     base, start_adapter = _base(store, request.base)
     folder = store.models.base_folder(base)
     writes = product(options.method) == "generator"
