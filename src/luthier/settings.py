@@ -9,7 +9,7 @@ from typing import Literal
 
 import platformdirs
 import psutil
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from luthier.errors import InputError
 from luthier.records.record import Record
@@ -54,7 +54,7 @@ class Settings(Record):
     def _engine_is_known(cls, engine: str) -> str:
         if engine == "openvino" or engine.startswith(("http://", "https://")) or "{port}" in engine:
             return engine
-        raise ValueError(f"{engine!r} is neither 'openvino', nor an address, nor a command with {{port}} in it")
+        raise ValueError("it is neither 'openvino', nor an address, nor a command with {port} in it")
 
 
 def load_settings() -> Settings:
@@ -83,8 +83,14 @@ def load_settings() -> Settings:
     }
     try:
         return Settings.model_validate({key: value for key, value in values.items() if value})
-    except ValueError as error:
-        raise InputError(f"A LUTHIER_ environment variable is not valid: {error}") from error
+    except ValidationError as error:
+        problems = [_problem(str(found["loc"][0]), found["msg"]) for found in error.errors()]
+        raise InputError("The settings in the environment are not valid.", problems=problems) from error
+
+
+def _problem(field: str, rule: str) -> str:
+    variable = f"LUTHIER_{field.upper()}"
+    return f"{variable} = {os.environ.get(variable)!r}: {rule.removeprefix('Value error, ')}"
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -85,6 +85,16 @@ def test_bounds_and_targets_are_read_from_the_environment(monkeypatch: pytest.Mo
     settings = load_settings()
     assert (settings.requests_per_minute, settings.tokens_per_minute) == (600, None)
     assert settings.webhook_targets == "public"
+
+
+def test_bad_settings_are_told_together_with_their_variables_values_and_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_WEBHOOK_TARGETS", "everything")
-    with pytest.raises(InputError, match="LUTHIER_"):
-        load_settings()
+    monkeypatch.setenv("LUTHIER_REQUESTS_PER_MINUTE", "many")
+    monkeypatch.setenv("LUTHIER_ENGINE", "vllm")
+    with pytest.raises(InputError) as caught:
+        run("model", "list")
+    assert sorted(caught.value.problems) == [
+        "LUTHIER_ENGINE = 'vllm': it is neither 'openvino', nor an address, nor a command with {port} in it",
+        "LUTHIER_REQUESTS_PER_MINUTE = 'many': Input should be a valid integer, unable to parse string as an integer",
+        "LUTHIER_WEBHOOK_TARGETS = 'everything': Input should be 'any' or 'public'",
+    ]
