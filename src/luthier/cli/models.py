@@ -175,6 +175,32 @@ def export(
 
 
 @app.command()
+def delete(
+    name: str = typer.Argument(..., help="A tuned model."),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask first."),
+    as_json: bool = Json,
+) -> None:
+    """Delete a tuned model with all its forms, checkpoints and aliases; its run, dataset and evaluations stay."""
+    from luthier.errors import InputError
+    from luthier.workflows.models import delete_model, model_bytes
+
+    store = open_store()
+    if name in {base.id for base in store.models.bases()}:
+        raise InputError(f"{name!r} is a base model; only tuned models are deleted.", hint="luthier model list")
+    model = store.models.get(name)
+    freed = model_bytes(store, model)
+    aliases = [one.name for one in store.models.aliases(model.project) if one.model == model.name]
+    if not yes:
+        also = f" and the aliases {', '.join(aliases)}" if aliases else ""
+        typer.confirm(f"Delete {model.name}{also}? That frees {size(freed)}.", abort=True, err=True)
+    delete_model(store, model.project, model.name)
+    if as_json:
+        show_json({"deleted": model.name, "aliases": aliases, "freed_bytes": freed})
+        return
+    typer.echo(f"{model.name} is deleted; {size(freed)} are free.")
+
+
+@app.command()
 def alias(
     name: str = typer.Argument(None, help="The alias, such as support@production; without it, all are shown."),
     model: str = typer.Argument(None, help="What it points at from now on: a tuned model, or a base."),

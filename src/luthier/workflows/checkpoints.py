@@ -15,12 +15,14 @@ from luthier.records.fine_tuning import Checkpoint
 from luthier.records.model import ArtifactKind, folder_name
 from luthier.records.run import Run
 from luthier.records.stored import now
+from luthier.store.artifacts import folder_bytes
 from luthier.store.store import Store
 
 EPOCHS_KEPT = 3
 NAME = re.compile(r"ft:.+:ckpt-step-\d+")
 MAKER = (sys.executable, "-m", "luthier.workflows.checkpoint_form")
 SERVED: ArtifactKind = "gguf-f16"
+FORMS: tuple[ArtifactKind, ...] = ("adapter", SERVED)
 
 _making = threading.Lock()  # one merge at a time: each holds a whole model in memory
 
@@ -91,7 +93,7 @@ def remove_checkpoint(store: Store, checkpoint: Checkpoint) -> None:
     store.checkpoints.remove(checkpoint.project, checkpoint.id)
     for permission in list(store.permissions.all(checkpoint.project, parent=checkpoint.model)):
         store.permissions.remove(permission.project, permission.id)
-    for kind in ("adapter", SERVED):
+    for kind in FORMS:
         store.artifacts.remove(_key(checkpoint, kind))
 
 
@@ -99,6 +101,11 @@ def remove_checkpoints(store: Store, project: str, run_id: str) -> None:
     """Delete all checkpoints of a run."""
     for checkpoint in list(store.checkpoints.all(project, parent=run_id)):
         remove_checkpoint(store, checkpoint)
+
+
+def checkpoint_bytes(store: Store, checkpoint: Checkpoint) -> int:
+    """Return what a checkpoint takes on disk, in bytes."""
+    return sum(folder_bytes(store.artifacts.path(_key(checkpoint, kind))) for kind in FORMS)
 
 
 def checkpoint_folder(store: Store, checkpoint: Checkpoint) -> Path:

@@ -22,6 +22,7 @@ from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.labelled import load_tokenizer
 from luthier.workflows.checkpoints import (
+    checkpoint_bytes,
     checkpoint_folder,
     checkpoint_named,
     is_checkpoint,
@@ -164,6 +165,13 @@ def set_alias(store: Store, project: str, alias: str, name: str) -> None:
     if alias in bases:
         raise InputError(f"The alias {alias!r} is the name of a base model.")
     store.models.set_alias(project, alias, name if name in bases else store.models.get(name, project=project).name)
+
+
+def model_bytes(store: Store, model: TunedModel) -> int:
+    """Return what a tuned model takes on disk with all its forms and checkpoints, in bytes: what deleting it frees."""
+    checkpoints = store.checkpoints.all(model.project, parent=model.run_id)
+    forms = sum(artifact.bytes for artifact in model.artifacts.values())
+    return forms + sum(checkpoint_bytes(store, checkpoint) for checkpoint in checkpoints)
 
 
 def delete_model(store: Store, project: str, name: str) -> None:

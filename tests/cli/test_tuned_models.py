@@ -1,0 +1,86 @@
+"""What the command line says of a tuned model and does with it: a small classifier, made by the command line itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.cli.main import app
+from luthier.errors import InputError, NotFoundError
+from luthier.store.store import Store
+from luthier.workflows.checkpoints import keep_checkpoint
+from luthier.workflows.models import pull
+
+WORDS = ("order", "message")
+TRAIN = "train sayings -b tiny-encoder -m classification --mode full -o columns.label=label -o columns.text=text"
+FAST = "-o epochs=8 -o batch_size=8 -o learning_rate=1e-2 -o precision=float32"
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A home with a classifier in it, its name, and what ``luthier train`` printed."""
+
+    store: Store
+    name: str
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator[Classifier]:
+    folder = tmp_path_factory.mktemp("classifier")
+    with (folder / "sayings.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([f"{WORDS[i % 2]} number {i}", WORDS[i % 2]] for i in range(60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(folder / "home"))
+        patch.setenv("COLUMNS", "80")
+        store = Store(folder / "home")
+        pull(store, str(tiny_encoder))
+        run("dataset", "import", str(folder / "sayings.csv"))
+        run("dataset", "split", "sayings", "--near", "0")
+        printed = run(*TRAIN.split(), *FAST.split())
+        yield Classifier(store, store.models.all()[0].name, printed)
+        store.close()
+
+
+# This one is the last of the file, for the others need the model.
+
+
+def test_a_model_is_deleted_when_that_is_confirmed(classifier: Classifier, tmp_path: Path) -> None:
+    store, name = classifier.store, classifier.name
+    model = store.models.get(name)
+    (tmp_path / "adapter.bin").write_bytes(bytes(1000))
+    keep_checkpoint(store, store.runs.get(model.run_id), model.base, name, tmp_path, 3, {})
+    run("model", "alias", "words@production", name)
+    with pytest.raises(InputError, match="'tiny-encoder' is a base model"):
+        run("model", "delete", "tiny-encoder", "--yes")
+    with pytest.raises(NotFoundError, match="no tuned model 'nothing'"):
+        run("model", "delete", "nothing")
+    refused = CliRunner().invoke(app, ["model", "delete", name], input="n\n")
+    assert refused.exit_code == 1
+    assert f"Delete {name} and the aliases words@production? That frees" in refused.stderr
+    assert store.models.get(name) == model
+    before = disk_bytes(store)
+    told = json.loads(run("model", "delete", name.rsplit(":", 1)[-1], "--yes", "--json"))
+    assert (told["deleted"], told["aliases"]) == (name, ["words@production"])
+    assert told["freed_bytes"] == before - disk_bytes(store) > 1000
+    assert store.models.all() == []
+    assert store.models.aliases("default") == []
+    assert store.datasets.get(model.dataset).content_hash == model.dataset_hash
+
+
+def disk_bytes(store: Store) -> int:
+    return sum(path.stat().st_size for path in store.artifacts.root.rglob("*") if path.is_file())
