@@ -74,13 +74,15 @@ def test_a_model_is_deleted_when_that_is_confirmed(classifier: Classifier, tmp_p
     assert f"Delete {name} and the aliases words@production? That frees" in refused.stderr
     assert store.models.get(name) == model
     before = disk_bytes(store)
+    base_folder = store.models.base_folder(store.models.base("tiny-encoder"))
     told = json.loads(run("model", "delete", name.rsplit(":", 1)[-1], "--yes", "--json"))
     assert (told["deleted"], told["aliases"]) == (name, ["words@production"])
     assert told["freed_bytes"] == before - disk_bytes(store) > 1000
+    assert list(store.home.rglob("*.safetensors")) == [base_folder / "model.safetensors"]
     assert store.models.all() == []
     assert store.models.aliases("default") == []
     assert store.datasets.get(model.dataset).content_hash == model.dataset_hash
 
 
 def disk_bytes(store: Store) -> int:
-    return sum(path.stat().st_size for path in store.artifacts.root.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in store.home.rglob("*") if path.is_file() and ".db" not in path.name)

@@ -180,7 +180,7 @@ def delete(
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask first."),
     as_json: bool = Json,
 ) -> None:
-    """Delete a tuned model with all its forms, checkpoints and aliases; its run, dataset and evaluations stay."""
+    """Delete a tuned model with all its forms, checkpoints and aliases; log, dataset and evaluations stay."""
     from luthier.errors import InputError
     from luthier.workflows.models import delete_model, model_bytes
 

@@ -19,6 +19,7 @@ from luthier.store.artifacts import folder_bytes
 from luthier.store.store import Store
 
 EPOCHS_KEPT = 3
+STATE_FOLDER = "checkpoints"  # in the run's folder: what a run goes on from, which is no model yet
 NAME = re.compile(r"ft:.+:ckpt-step-\d+")
 MAKER = (sys.executable, "-m", "luthier.workflows.checkpoint_form")
 SERVED: ArtifactKind = "gguf-f16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -17,11 +18,12 @@ from luthier.llm.fetch import OnBytes, fetch
 from luthier.records.base_model import NO_CHAT_FORMAT, BaseModelInfo, CatalogueEntry, ModelShape
 from luthier.records.model import Artifact, TunedModel, folder_name
 from luthier.records.record import content_hash
-from luthier.store.artifacts import file_hashes
+from luthier.store.artifacts import file_hashes, folder_bytes
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.labelled import load_tokenizer
 from luthier.workflows.checkpoints import (
+    STATE_FOLDER,
     checkpoint_bytes,
     checkpoint_folder,
     checkpoint_named,
@@ -171,11 +173,14 @@ def model_bytes(store: Store, model: TunedModel) -> int:
     """Return what a tuned model takes on disk with all its forms and checkpoints, in bytes: what deleting it frees."""
     checkpoints = store.checkpoints.all(model.project, parent=model.run_id)
     forms = sum(artifact.bytes for artifact in model.artifacts.values())
-    return forms + sum(checkpoint_bytes(store, checkpoint) for checkpoint in checkpoints)
+    state = folder_bytes(store.run_folder(model.run_id) / STATE_FOLDER)
+    return forms + state + sum(checkpoint_bytes(store, checkpoint) for checkpoint in checkpoints)
 
 
 def delete_model(store: Store, project: str, name: str) -> None:
     """Delete a tuned model of a project with all its forms and checkpoints, or one checkpoint, or an alias.
+
+    With a model goes the state that its run kept for going on: it holds the model's weights.
 
     Raises:
         NotFoundError: the project has none of that name.
@@ -189,6 +194,7 @@ def delete_model(store: Store, project: str, name: str) -> None:
         for permission in list(store.permissions.all(project, parent=model.name)):
             store.permissions.remove(project, permission.id)
         remove_checkpoints(store, project, model.run_id)
+        shutil.rmtree(store.run_folder(model.run_id) / STATE_FOLDER, ignore_errors=True)
 
 
 def served_folder(store: Store, name: str, *, project: str | None = None) -> Path:
@@ -226,8 +232,6 @@ def export(store: Store, name: str, form: ExportFormat, destination: Path) -> Ar
         ConflictError: the destination holds something already.
         IntegrityError: the stored files are not the recorded ones.
     """
-    import shutil
-
     model = store.models.get(name)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConflictError(f"{destination} exists and is not an empty folder.", hint="choose another --to")

@@ -23,6 +23,7 @@ from luthier.store.store import Store
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
 from luthier.train.engine.probe import measured_plan
 from luthier.train.engine.trackers import check_trackers, open_trackers
+from luthier.workflows.checkpoints import STATE_FOLDER
 from luthier.workflows.material import Prepared, TrainRequest, prepare
 from luthier.workflows.models import SERVED_FORM, make_gguf
 from luthier.workflows.parity import MAX_ANSWER_TOKENS, measure_parity
@@ -152,7 +153,7 @@ def _job(prepared: Prepared, made: TrainingPlan, folder: Path) -> TrainingJob:
         validation=prepared.material.validation,
         base_folder=prepared.base_folder,
         base_name=prepared.base.id,
-        folder=folder / "checkpoints",
+        folder=folder / STATE_FOLDER,
         test=prepared.test,
         labels=prepared.labels,
         start_adapter=prepared.start_adapter,
