@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from luthier.store.store import Store
 from luthier.workflows.checkpoints import keep_checkpoint
 from luthier.workflows.models import pull
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "training.md"
 WORDS = ("order", "message")
 TRAIN = "train sayings -b tiny-encoder -m classification --mode full -o columns.label=label -o columns.text=text"
 FAST = "-o epochs=8 -o batch_size=8 -o learning_rate=1e-2 -o precision=float32"
@@ -54,6 +58,22 @@ def classifier(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
         printed = run(*TRAIN.split(), *FAST.split())
         yield Classifier(store, store.models.all()[0].name, printed)
         store.close()
+
+
+def test_what_is_printed_and_documented_for_a_classifier_works_as_it_stands(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, _, printed = classifier.printed.partition("Next:")
+    show, export = [line.strip().removeprefix("luthier ").split() for line in printed.strip().splitlines()]
+    assert classifier.name in run(*show)
+    assert "merged" in run(*export)
+    (snippet,) = re.findall(r"```python\n(from transformers.*?)```", DOCUMENTATION.read_text("utf-8"), re.DOTALL)
+    program = snippet.replace("My card has not arrived yet", "order number 7 " + "and more " * 100)
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "'label': 'order'" in answer
+    with pytest.raises(InputError, match="has no form 'gguf-f16'; it has merged"):
+        run("model", "export", classifier.name, "--to", "elsewhere")
 
 
 # This one is the last of the file, for the others need the model.

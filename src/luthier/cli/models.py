@@ -160,7 +160,7 @@ def _show_tuned(model: TunedModel, *, as_json: bool) -> None:
 @app.command()
 def export(
     name: str,
-    form: str = typer.Option("gguf-f16", "--form", help="adapter, merged, gguf-q8_0 or gguf-f16"),
+    form: str = typer.Option("gguf-f16", "--form", help="adapter, merged, gguf-q8_0 or gguf-f16 (the last two write)"),
     to: Path = typer.Option(..., "--to", help="A new or empty folder."),
 ) -> None:
     """Copy one form of a tuned model to a folder: for PEFT, transformers, llama.cpp, Ollama, LM Studio, OpenVINO."""

@@ -80,7 +80,8 @@ def train(
     if model.product != "generator":
         rows = [(name.replace("_", " "), f"{value:.4g}") for name, value in model.training.test_metrics.items()]
         show_table("On the test side, best step", ("what", "#value"), rows)
-        typer.echo(f"\n{model.name}\n\nNext: luthier model show {model.name}\n      luthier model export {model.name}")
+        exporting = f"luthier model export {model.name} --form merged --to my-{model.product}"
+        typer.echo(f"\n{model.name}\n\nNext: luthier model show {model.name}\n      {exporting}")
         return
     typer.echo(
         f"\n{model.name}\n\nNext: luthier evaluate {model.name}\n      luthier chat {model.name}\n      luthier serve"

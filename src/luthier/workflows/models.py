@@ -258,8 +258,11 @@ def make_gguf(store: Store, name: str, form: GgufForm, merged: Path) -> Artifact
 
 
 def _add_form(store: Store, model: TunedModel, form: ExportFormat) -> TunedModel:
-    if form == "adapter" or form == "merged":
-        raise InputError(f"{model.name} has no form {form!r}; it has {', '.join(model.artifacts)}.")
+    if form == "adapter" or form == "merged" or model.product != "generator":
+        raise InputError(
+            f"{model.name} has no form {form!r}; it has {', '.join(model.artifacts)}.",
+            hint=f"luthier model export {model.name} --form merged --to FOLDER",
+        )
     merged = store.models.artifact_folder(model.artifacts["merged"])
     artifact = make_gguf(store, model.name, form, merged)
     updated = model.model_copy(update={"artifacts": {**model.artifacts, form: artifact}})
