@@ -76,6 +76,15 @@ def test_what_is_printed_and_documented_for_a_classifier_works_as_it_stands(
         run("model", "export", classifier.name, "--to", "elsewhere")
 
 
+def test_a_classifier_is_shown_with_what_it_was_made_of_and_nothing_else(classifier: Classifier) -> None:
+    shown = dict(re.findall(r"^ (\S+(?: \S+)*)  +(.*?) *$", run("model", "show", classifier.name), re.MULTILINE))
+    assert shown["template"] == "none: the dataset holds fields"
+    assert (shown["method"], shown["mode"], shown["epochs"]) == ("classification", "full", "8.0")
+    assert not [name for name in shown if "lora" in name]
+    assert "{" not in "".join(shown.values())
+    assert "None" not in shown.values()
+
+
 # This one is the last of the file, for the others need the model.
 
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from luthier.cli.present import Json, console, moment, open_store, show_json, show_table, size
+from luthier.cli.present import Json, console, flat, moment, open_store, show_json, show_table, size
 from luthier.records.scopes import DEFAULT_PROJECT
 
 if TYPE_CHECKING:
     from luthier.records.base_model import BaseModelInfo
+    from luthier.records.dataset import DatasetKind
     from luthier.records.model import TunedModel
+    from luthier.records.training import Resolved
 
 app = typer.Typer(no_args_is_help=True, help="Base models and tuned models.")
 ENCODER_USE = "For classification and embeddings; it does not write, so it is neither served nor asked."
@@ -110,7 +112,8 @@ def show(name: str, as_json: bool = Json) -> None:
     if base is not None:
         _show_base(base, as_json=as_json)
     else:
-        _show_tuned(store.models.get(name), as_json=as_json)
+        model = store.models.get(name)
+        _show_tuned(model, store.datasets.get(model.dataset).kind, as_json=as_json)
 
 
 def _show_base(base: BaseModelInfo, *, as_json: bool) -> None:
@@ -131,20 +134,24 @@ def _show_base(base: BaseModelInfo, *, as_json: bool) -> None:
     _warn(base.id, base.licence, base.restriction)
 
 
-def _show_tuned(model: TunedModel, *, as_json: bool) -> None:
+def _show_tuned(model: TunedModel, kind: DatasetKind, *, as_json: bool) -> None:
     if as_json:
         show_json(model)
         return
+    if model.template:
+        template = model.template.reference
+    else:
+        template = "none: the dataset holds " + ("conversations" if kind == "chat" else "fields")
     rows: list[tuple[str, object]] = [
         ("base", f"{model.base} (sha256 {model.base_sha256[:12]}…, {model.licence})"),
         ("dataset", f"{model.dataset} (sha256 {model.dataset_hash[:12]}…)"),
-        ("template", model.template.reference if model.template else "the dataset holds conversations"),
+        ("template", template),
         ("run", model.run_id),
         ("code", model.code_version),
         ("made", moment(model.created_at)),
     ]
-    rows += [(name, value) for name, value in model.hyperparameters.model_dump(exclude_defaults=True).items()]
-    rows += [(name, value) for name, value in model.training.model_dump().items() if not isinstance(value, dict)]
+    rows += _hyperparameters(model.hyperparameters)
+    rows += flat(model.training.model_dump(exclude={"valid_metrics", "test_metrics"}))
     for side, metrics in (("validation", model.training.valid_metrics), ("test", model.training.test_metrics)):
         rows += [(f"{side} {name.replace('_', ' ')}", f"{value:.4g}") for name, value in metrics.items()]
     show_table(model.name, ("what", "value"), rows)
@@ -155,6 +162,14 @@ def _show_tuned(model: TunedModel, *, as_json: bool) -> None:
         for a in model.artifacts.values()
     ]
     show_table("Artifacts", ("form", "#size", "files (sha256)"), forms)
+
+
+def _hyperparameters(resolved: Resolved) -> list[tuple[str, object]]:
+    """Return what a model was trained with, without what has no effect in its mode."""
+    from luthier.records.training import MODES_OF
+
+    values = resolved.model_dump(exclude_defaults=True)
+    return flat({name: value for name, value in values.items() if resolved.mode in MODES_OF.get(name, {resolved.mode})})
 
 
 @app.command()

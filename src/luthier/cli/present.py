@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -46,18 +46,41 @@ def show_json(value: Any) -> None:
 
 
 def show_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns whose name begins with ``#`` are aligned to the right, the first is never broken."""
+    """Print a table.
+
+    Columns whose name begins with ``#`` are aligned to the right; of those whose name ends in ``…`` only one line is
+    shown, cut where it is too long. The first column and one called status are never broken.
+    """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
+
+    def cell(column: str, value: object) -> Text:
+        text = str(value)
+        cut = column.endswith("…")
+        return Text(text.partition("\n")[0], no_wrap=True, overflow="ellipsis") if cut else Text(text)
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for place, column in enumerate(columns):
         justify: JustifyMethod = "right" if column.startswith("#") else "left"
         # What stands first is a name that people copy: it is never broken over lines.
-        table.add_column(column.lstrip("#"), justify=justify, overflow="fold", no_wrap=place == 0)
+        whole = place == 0 or column == "status"
+        table.add_column(column.lstrip("#").rstrip("…"), justify=justify, overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*map(cell, columns, row))
     console().print(table)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """Return values with dotted names, those of inner records too; what is not set or empty is left out."""
+    found: list[tuple[str, object]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += flat(value, f"{prefix}{name}.")
+        elif value not in (None, "", [], ()):
+            listed = isinstance(value, list | tuple)
+            found.append((prefix + name, ", ".join(map(str, value)) if listed else value))
+    return found
 
 
 def size(count: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from luthier.cli.present import Json, duration, follow_run, moment, open_store, show_json, show_table
+from luthier.cli.present import Json, duration, flat, follow_run, moment, open_store, show_json, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Runs: training and evaluation in the queue.")
 
@@ -17,12 +17,14 @@ def list_runs(limit: int = typer.Option(20, help="How many."), as_json: bool = J
         show_json(runs)
         return
     rows = [(run.id, run.status, run.attempts, moment(run.created_at), run.error or "") for run in runs]
-    show_table(None, ("run", "status", "#attempts", "made", "error"), rows)
+    show_table(None, ("run", "status", "#attempts", "made", "error…"), rows)
 
 
 @app.command()
 def show(run_id: str, as_json: bool = Json) -> None:
-    """Show a run: its status, its configuration, its stages and its last numbers."""
+    """Show a run: its status, what was chosen for it, its stages and its last numbers."""
+    from luthier.records.training import TrainingConfig
+
     store = open_store()
     run = store.runs.get(run_id)
     events = store.runs.events(run_id)
@@ -34,7 +36,8 @@ def show(run_id: str, as_json: bool = Json) -> None:
         ("attempts", run.attempts),
         ("made", moment(run.created_at)),
     ]
-    rows += [(key, value) for key, value in run.config.items()]
+    usual = flat({"options": TrainingConfig().model_dump(mode="json")})
+    rows += [chosen for chosen in flat(run.config) if chosen not in usual]
     rows += [
         (f"stage {e.data['stage']}", duration(e.data["seconds"]))
         for e in events
