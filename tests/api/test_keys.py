@@ -55,6 +55,7 @@ def test_the_first_key_closes_the_door_and_its_revocation_does_not_open_it(start
     with pytest.raises(openai.AuthenticationError) as caught:
         live.client("sk-luthier-wrong").models.list()
     assert caught.value.code == "invalid_api_key"
+    assert "luthier key create" in caught.value.message
     assert httpx.get(f"{live.url}/v1/models").status_code == 401
     (key,) = live.store.keys.all()
     live.store.keys.revoke(key.id)

@@ -173,7 +173,7 @@ def test_ctrl_c_pauses_a_run_and_says_how_to_go_on(home: Path, tmp_path: Path, t
 def test_an_encoder_is_shown_as_one_and_refuses_to_chat(home: Path, tiny_encoder: Path) -> None:
     pulled = luthier(home, "model", "pull", str(tiny_encoder)).stdout
     assert "tiny-encoder: encoder" in pulled
-    assert "For classification and embeddings" in pulled
+    assert "For classification and embeddings (/v1/embeddings); it does not write, so it does not chat." in pulled
     for command in (("list",), ("show", "tiny-encoder"), ("catalogue",)):
         assert "encoder" in luthier(home, "model", *command).stdout
     assert json.loads(luthier(home, "model", "show", "tiny-encoder", "--json").stdout)["kind"] == "encoder"

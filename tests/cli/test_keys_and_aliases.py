@@ -38,6 +38,12 @@ def test_a_key_is_shown_once_listed_without_its_secret_and_revoked(home: Path) -
     store.close()
 
 
+def test_with_the_first_key_it_is_told_that_every_request_needs_one_from_now_on() -> None:
+    first, second = (CliRunner().invoke(app, ["key", "create", name]).stderr for name in ("first", "second"))
+    assert "from now on every request needs a key" in first
+    assert "from now on" not in second
+
+
 def test_a_wrong_scope_or_project_is_told() -> None:
     with pytest.raises(InputError, match="'foo' is not one of read, write, admin"):
         run("key", "create", "bot", "--scope", "foo")

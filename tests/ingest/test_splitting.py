@@ -248,8 +248,9 @@ def test_shares_that_leave_nothing_for_train_are_refused() -> None:
 def test_too_few_examples_are_refused_with_their_number() -> None:
     with pytest.raises(InputError, match="2 examples in 2 groups of duplicates cannot fill 3 sides"):
         assign_splits(labelled(a=2), SplitConfig())
-    with pytest.raises(InputError, match="20 examples in 1 groups"):
+    with pytest.raises(InputError, match="20 examples in 1 groups") as caught:
         assign_splits(labelled(a=1) * 20, SplitConfig())
+    assert "raise --near" in str(caught.value.hint)
     with pytest.raises(InputError, match="0 examples"):
         assign_splits([], SplitConfig(label="label"))
 

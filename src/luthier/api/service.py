@@ -72,7 +72,9 @@ class Service:
             key = self.store.keys.find(secret)
             if key is not None:
                 return Caller(project=key.project, scopes=key.scopes, key=key.id, rates=key.rates)
-        raise ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
+        raise ApiError(
+            401, "The API key is missing or wrong. luthier key create NAME makes one.", code="invalid_api_key"
+        )
 
 
 def service_of(request: Request) -> Service:

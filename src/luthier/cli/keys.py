@@ -32,7 +32,9 @@ def create(
     if unknown := [one for one in scope if one not in known]:
         raise InputError(f"The scope {unknown[0]!r} is not one of {', '.join(SCOPES)}.")
     rates = Rates(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
-    key, secret = create_key(open_store(), name, project, [known[one] for one in scope], rates)
+    store = open_store()
+    is_first = not store.keys.any()
+    key, secret = create_key(store, name, project, [known[one] for one in scope], rates)
     if as_json:
         show_json({"key": key, "secret": secret})
         return
@@ -40,6 +42,8 @@ def create(
     typer.echo(
         f"{key.id} for the project {key.project!r} with {', '.join(key.scopes)}. It is not shown again.", err=True
     )
+    if is_first:
+        typer.echo("It is the first one: from now on every request needs a key.", err=True)
 
 
 @app.command("list")

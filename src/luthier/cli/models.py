@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from luthier.records.training import Resolved
 
 app = typer.Typer(no_args_is_help=True, help="Base models and tuned models.")
-ENCODER_USE = "For classification and embeddings; it does not write, so it is neither served nor asked."
+ENCODER_USE = "For classification and embeddings (/v1/embeddings); it does not write, so it does not chat."
 
 
 @app.command()

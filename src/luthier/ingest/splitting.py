@@ -336,7 +336,9 @@ def _check_enough(contents: _Contents, groups: Sequence[_Group], shares: Mapping
     raise InputError(
         f"{len(contents.of_row):,} examples in {len(groups):,} groups of duplicates cannot fill {sides} sides "
         f"({names}); at least {sides} groups are needed.",
-        hint="add examples that differ, or raise near_duplicate_similarity" if len(contents.of_row) >= sides else None,
+        hint="add examples that differ, or raise --near (near_duplicate_similarity)"
+        if len(contents.of_row) >= sides
+        else None,
     )
 
 
