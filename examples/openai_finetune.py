@@ -7,6 +7,7 @@ It runs unchanged against Luthier with two environment variables:
     export OPENAI_API_KEY=none                              # or a key of `luthier key create`
     python examples/openai_finetune.py [--model gpt-4o-mini] [--data FILE.csv] [--text COLUMN] [--label COLUMN]
 
+In the end the model and its tuned one are each asked about 100 rows that they never saw (`--test N`), 8 at a time.
 `gpt-4o-mini` is answered by the base that LUTHIER_STAND_INS names, such as `gpt-4o-mini*=smollm2-135m`.
 """
 
@@ -19,12 +20,15 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from openai import OpenAI
 
 TWEETS = Path(__file__).parent.parent / "src" / "luthier" / "demo_data" / "tweets.csv"
 INSTRUCTION = "Say whether the message is positive, negative or neutral. Answer with one word."
+VALIDATION = 100
+ASKED_AT_ONCE = 8
 FINISHED = ("succeeded", "failed", "cancelled")
 Row = tuple[str, str]
 
@@ -34,7 +38,12 @@ def main() -> None:
     options = arguments()
     client = OpenAI()
     rows = read_rows(options.data, options.text, options.label)
-    train, validation, test = rows[: options.examples], rows[-200:-100], rows[-100:]
+    rest, test = rows[: -options.test], rows[-options.test :]
+    train, validation = rest[:-VALIDATION][: options.examples], rest[-VALIDATION:]
+    if not train:
+        raise SystemExit(
+            f"{options.data} has {len(rows)} rows: too few for {VALIDATION} to validate, {options.test} to test"
+        )
 
     files = {
         side: client.files.create(file=(f"{side}.jsonl", as_jsonl(part)), purpose="fine-tune").id
@@ -78,12 +87,15 @@ def follow(client: OpenAI, job_id: str):
 
 def accuracy(client: OpenAI, model: str, rows: Sequence[Row]) -> float:
     """Return the share of rows that a model labels as their column does."""
-    right = 0
-    for text, label in rows:
+
+    def is_right(row: Row) -> bool:
+        text, label = row
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
         answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=5)
-        right += (answer.choices[0].message.content or "").strip().lower() == label.lower()
-    return right / len(rows)
+        return (answer.choices[0].message.content or "").strip().lower() == label.lower()
+
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        return sum(threads.map(is_right, rows)) / len(rows)
 
 
 def as_jsonl(rows: Sequence[Row]) -> io.BytesIO:
@@ -112,7 +124,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--label", default="sentiment")
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
-    return parser.parse_args()
+    parser.add_argument("--test", type=int, default=100, help="how many rows each model is asked about in the end")
+    options = parser.parse_args()
+    if options.test < 1:
+        parser.error(f"--test is {options.test}, and must be 1 or more")
+    return options
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,23 @@ def test_a_run_that_is_under_way_at_the_end_goes_on_at_the_next_start(start: Cal
     client.fine_tuning.jobs.cancel(job)
     until(lambda: client.fine_tuning.jobs.retrieve(job).status == "cancelled")
     store.close()
+
+
+def test_the_example_that_is_written_for_openai_runs_unchanged(
+    start: Callable[..., Up], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_STAND_INS", "gpt-4o-mini*=tiny-base")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{start().url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    example = Path(__file__).parents[2] / "examples" / "openai_finetune.py"
+    command = [sys.executable, str(example), "--examples", "200", "--test", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = done.stdout.splitlines()[-2:]
+    assert re.fullmatch(r"gpt-4o-mini: \d+% of 3 right", before)
+    assert re.fullmatch(r"ft:tiny-base:local:sentiment:\w+: \d+% of 3 right", after)
+    refused = subprocess.run([*command[:2], "--test", "1800"], capture_output=True, text=True, check=False)
+    assert "1800 rows: too few" in refused.stderr
 
 
 def test_a_home_without_models_is_told_how_to_get_one(tmp_path: Path, home: Path) -> None:
