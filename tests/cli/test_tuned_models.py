@@ -15,9 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.main import app
-from luthier.errors import InputError, NotFoundError
+from luthier.errors import ConflictError, InputError, NotFoundError
+from luthier.jobs.launch import submit
 from luthier.store.store import Store
 from luthier.workflows.checkpoints import keep_checkpoint
+from luthier.workflows.material import TrainRequest
 from luthier.workflows.models import pull
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "training.md"
@@ -102,6 +104,9 @@ def test_a_model_is_deleted_when_that_is_confirmed(classifier: Classifier, tmp_p
     assert refused.exit_code == 1
     assert f"Delete {name} and the aliases words@production? That frees" in refused.stderr
     assert store.models.get(name) == model
+    with pytest.raises(ConflictError, match="'sayings' is needed") as kept:
+        run("dataset", "delete", "sayings", "--yes")
+    assert kept.value.problems == (name,)
     before = disk_bytes(store)
     base_folder = store.models.base_folder(store.models.base("tiny-encoder"))
     told = json.loads(run("model", "delete", name.rsplit(":", 1)[-1], "--yes", "--json"))
@@ -111,6 +116,27 @@ def test_a_model_is_deleted_when_that_is_confirmed(classifier: Classifier, tmp_p
     assert store.models.all() == []
     assert store.models.aliases("default") == []
     assert store.datasets.get(model.dataset).content_hash == model.dataset_hash
+    delete_its_dataset(store, model.dataset)
+
+
+def delete_its_dataset(store: Store, reference: str) -> None:
+    waiting = submit(store, "train", TrainRequest(base="tiny-encoder", dataset=reference))
+    with pytest.raises(ConflictError, match="'sayings' is needed") as kept:
+        run("dataset", "delete", "sayings", "--yes")
+    assert kept.value.problems == (waiting.id,)
+    run("run", "cancel", waiting.id)
+    with pytest.raises(InputError, match="with all its versions"):
+        run("dataset", "delete", reference)
+    with pytest.raises(NotFoundError, match="Did you mean 'sayings'"):
+        run("dataset", "delete", "saying")
+    refused = CliRunner().invoke(app, ["dataset", "delete", "sayings"], input="n\n")
+    assert refused.exit_code == 1
+    assert "Delete sayings@1, sayings@2? That frees" in refused.stderr
+    before = disk_bytes(store)
+    told = json.loads(run("dataset", "delete", "sayings", "--yes", "--json"))
+    assert told == {"deleted": "sayings", "freed_bytes": before - disk_bytes(store)}
+    assert told["freed_bytes"] > 1000
+    assert store.datasets.all() == []
 
 
 def disk_bytes(store: Store) -> int:

@@ -1,4 +1,4 @@
-"""``luthier dataset``: import, divide, look."""
+"""``luthier dataset``: import, divide, look, delete."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from luthier.cli.present import Json, console, moment, open_store, show_json, show_table
+from luthier.cli.present import Json, console, moment, open_store, show_json, show_table, size
 
 if TYPE_CHECKING:
     from luthier.records.dataset import DatasetVersion
     from luthier.records.example import Example
 
-app = typer.Typer(no_args_is_help=True, help="Datasets: import a file, divide it, look at it.")
+app = typer.Typer(no_args_is_help=True, help="Datasets: import a file, divide it, look at it, delete it.")
 
 
 @app.command("import")
@@ -147,6 +147,27 @@ def show(
         typer.echo(", ".join(f"{side}: {count:,}" for side, count in version.split.counts.items()))
     for example in examples:
         show_table(f"{example.id} ({example.split or 'not divided'})", ("field", "value"), _values(example))
+
+
+@app.command()
+def delete(
+    name: str = typer.Argument(..., help="A dataset; all its versions go."),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask first."),
+    as_json: bool = Json,
+) -> None:
+    """Delete a dataset, unless a tuned model was trained on it or a run still needs it."""
+    from luthier.workflows.datasets import dataset_bytes, delete_dataset
+
+    store = open_store()
+    freed = dataset_bytes(store, name)
+    if not yes:
+        versions = ", ".join(version.reference for version in store.datasets.versions(name))
+        typer.confirm(f"Delete {versions}? That frees {size(freed)}.", abort=True, err=True)
+    delete_dataset(store, name)
+    if as_json:
+        show_json({"deleted": name, "freed_bytes": freed})
+        return
+    typer.echo(f"{name} is deleted; {size(freed)} are free.")
 
 
 def _values(example: Example) -> list[tuple[str, object]]:

@@ -97,6 +97,14 @@ class DatasetStore:
         with self._database.read() as connection:
             return [DatasetVersion.model_validate(record) for record in connection.execute(query).scalars()]
 
+    def remove(self, name: str) -> None:
+        """Delete every version of a name, their records first, so that whatever is listed is there."""
+        versions = self.versions(name)
+        with self._database.write() as connection:
+            connection.execute(sa.delete(datasets).where(datasets.c.name == name))
+        for version in versions:
+            self._artifacts.remove(version.folder)
+
     def bytes(self, dataset: DatasetVersion) -> int:
         """Return the size of a version's examples on disk."""
         return (self._artifacts.path(dataset.folder) / EXAMPLES_FILE).stat().st_size

@@ -62,8 +62,8 @@ class RunStore:
             raise NotFoundError(f"There is no run {run_id!r}.", hint="luthier run list")
         return _run(row)
 
-    def all(self, *, status: RunStatus | None = None, limit: int = 100) -> list[Run]:
-        """Return runs, the newest first."""
+    def all(self, *, status: RunStatus | None = None, limit: int | None = 100) -> list[Run]:
+        """Return runs, the newest first; with ``limit`` None all of them."""
         query = sa.select(runs).order_by(runs.c.created_at.desc(), runs.c.id).limit(limit)
         if status:
             query = query.where(runs.c.status == status)

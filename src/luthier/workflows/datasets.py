@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from luthier.errors import InputError
+from luthier.errors import ConflictError, InputError
 from luthier.ingest.formats import detect_format
 from luthier.ingest.given_splits import given_splits
 from luthier.ingest.importing import import_examples, take_rows
@@ -14,6 +14,7 @@ from luthier.ingest.splitting import assign_splits
 from luthier.records.access import DEFAULT_PROJECT
 from luthier.records.dataset import DatasetVersion, ImportReport, SourceFormat, SourceKind, SplitConfig, SplitReport
 from luthier.records.example import Example, SplitName
+from luthier.records.run import Run
 from luthier.store.store import Store
 from luthier.workflows.completions import completions_of
 
@@ -109,6 +110,56 @@ def split_dataset(store: Store, reference: str, config: SplitConfig) -> DatasetV
         return report
 
     return store.datasets.add(dataset.name, dataset.kind, dataset.source, fill, parent=dataset)
+
+
+def dataset_bytes(store: Store, name: str) -> int:
+    """Return what all versions of a dataset take on disk, in bytes: what deleting it frees.
+
+    Raises:
+        NotFoundError, InputError, ConflictError: it cannot be deleted, see :func:`delete_dataset`.
+    """
+    return sum(store.datasets.bytes(version) for version in _deletable(store, name))
+
+
+def delete_dataset(store: Store, name: str) -> None:
+    """Delete every version of a dataset.
+
+    What a model was trained on stays as long as the model: its record names the version. Evaluations keep their own
+    questions and answers, and the hash of what they were made from.
+
+    Raises:
+        NotFoundError: there is no such dataset.
+        InputError: it is one version, not a name.
+        ConflictError: a tuned model was trained on it, or a run that is not finished names it.
+    """
+    _deletable(store, name)
+    store.datasets.remove(name)
+
+
+def _deletable(store: Store, name: str) -> list[DatasetVersion]:
+    versions = store.datasets.versions(name)
+    if not versions:
+        store.datasets.get(name)  # says which one may be meant
+        raise InputError(f"A dataset is deleted with all its versions, and {name!r} names one.")
+    models = [model.name for model in store.models.all() if _name(model.dataset) == name]
+    runs = [run.id for run in store.runs.all(limit=None) if not run.is_finished and name in _named_by(run)]
+    if models or runs:
+        raise ConflictError(
+            f"The dataset {name!r} is needed: models were trained on it, or runs that are not finished name it.",
+            problems=[*models, *runs],
+            hint="luthier model delete MODEL, luthier run cancel RUN",
+        )
+    return versions
+
+
+def _name(reference: str) -> str:
+    return reference.partition("@")[0]
+
+
+def _named_by(run: Run) -> set[str]:
+    """Return the dataset that a run names, and the uploaded files of which it makes one under the first one's name."""
+    files = run.config.get("files") or {}
+    return {_name(run.config.get("dataset") or ""), files.get("training") or ""}
 
 
 def side(store: Store, dataset: DatasetVersion, split: SplitName) -> list[Example]:
