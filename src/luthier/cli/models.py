@@ -175,7 +175,9 @@ def _hyperparameters(resolved: Resolved) -> list[tuple[str, object]]:
 @app.command()
 def export(
     name: str,
-    form: str = typer.Option("gguf-f16", "--form", help="adapter, merged, gguf-q8_0 or gguf-f16 (the last two write)"),
+    form: str = typer.Option(
+        "gguf-f16", "--form", help="adapter, merged, gguf-q8_0 or gguf-f16; merged for models that label or score."
+    ),
     to: Path = typer.Option(..., "--to", help="A new or empty folder."),
 ) -> None:
     """Copy one form of a tuned model to a folder: for PEFT, transformers, llama.cpp, Ollama, LM Studio, OpenVINO."""
