@@ -21,7 +21,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, flags: str, float32: float, bfloat
     rates = {torch.float32: float32, torch.bfloat16: bfloat16}
     monkeypatch.setattr(torch_model, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch_model, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(torch_model, "_matmul_flops", lambda here, *dtypes: [rates[dtype] for dtype in dtypes])
+    monkeypatch.setattr(torch_model, "_matmul_flops", lambda here, probe, *dtypes: [rates[dtype] for dtype in dtypes])
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,9 @@ class BaseModelInfo(Record):
     pulled_at: datetime
 
 
+FAST_BFLOAT16 = 0.8  # of float32's rate: half of its memory makes up for the rest
+
+
 class Machine(Record):
     """What the machine has, as far as plans and choices depend on it. Rates are measured, in FLOP per second.
 

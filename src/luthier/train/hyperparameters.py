@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from luthier.records.base_model import Machine, ModelShape
+from luthier.records.base_model import FAST_BFLOAT16, Machine, ModelShape
 from luthier.records.objectives import KtoOptions, Method
 from luthier.records.training import ADAPTERS, AUTO, AdapterShape, Derived, Resolved, TrainingConfig
 
@@ -249,10 +249,11 @@ def _tokens_per_row(config: TrainingConfig, longest: int, machine: Machine, reas
 
 def _precision(config: TrainingConfig, machine: Machine, reasons: Reasons) -> Literal["float32", "bfloat16"]:
     value: Literal["float32", "bfloat16"] = "bfloat16" if machine.has_fast_bfloat16 else "float32"
-    has = "has" if machine.has_fast_bfloat16 else "lacks"
-    timed = f" ({machine.bfloat16_speed:.2f} times float32's rate)" if machine.bfloat16_speed else ""
-    reason = (
-        f"this {machine.device_name or machine.device} {has} fast bfloat16 products{timed}; "
-        "what is trained, the loss and the optimizer stay float32"
-    )
+    name = machine.device_name or machine.device
+    if machine.bfloat16_speed:
+        measured = f"{name} multiplies bfloat16 at {machine.bfloat16_speed:.2f} times float32's rate"
+        reason = f"{measured} (it is taken from {FAST_BFLOAT16} on, for half of the memory)"
+    else:
+        reason = f"{name} {'has' if machine.has_fast_bfloat16 else 'lacks'} fast bfloat16 products"
+    reason += "; what is trained, the loss and the optimizer stay float32"
     return reasons.pick("precision", config.precision, value, reason)

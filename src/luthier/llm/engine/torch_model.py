@@ -27,15 +27,15 @@ from luthier.llm.engine.processor import cpu_flags, cpu_line
 from luthier.llm.engine.quantised import quantisable
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.weight_files import WeightFiles
-from luthier.records.base_model import Machine
+from luthier.records.base_model import FAST_BFLOAT16, Machine
 
 Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BFLOAT16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 HEADS = frozenset({"score", "classifier", "pre_classifier", "pooler", "head"})
-PROBES = {"cpu": (1024, 1), "mps": (2048, 4), "cuda": (8192, 8)}  # size of the matrices, products in a row
-PROBE_RUNS = 5
-FAST = 0.8  # of float32's rate: bfloat16 makes up for the rest with half of its memory
+_Probe = tuple[int, int, int]  # size of the matrices, products in a row, runs of which the best counts
+PROBES: dict[str, _Probe] = {"cpu": (1024, 1, 5), "mps": (2048, 4, 5), "cuda": (8192, 8, 5)}
+RATIO_PROBE: _Probe = (320, 1, 60)
 SCORING_BYTES = 2_000_000_000  # what scoring takes beside the weights
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -66,7 +66,7 @@ def measure_machine() -> Machine:
         device_name=name,
         has_fast_bfloat16=fast,
         bfloat16_speed=speed,
-        matmul_flops=_matmul_flops(here, torch.bfloat16 if fast else torch.float32)[0],
+        matmul_flops=_matmul_flops(here, PROBES[here.type], torch.bfloat16 if fast else torch.float32)[0],
     )
 
 
@@ -87,7 +87,7 @@ def has_fast_bfloat16(here: torch.device) -> bool:
     """
     if here.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return (_bfloat16_speed(here) or 0.0) >= FAST
+    return (_bfloat16_speed(here) or 0.0) >= FAST_BFLOAT16
 
 
 def load_base(
@@ -260,22 +260,30 @@ TOKENIZER_FILES = (
 
 @lru_cache
 def _bfloat16_speed(here: torch.device) -> float | None:
-    """Return how many times as fast bfloat16 products of a processor are as float32 ones (None: it has none)."""
+    """Return how many times as fast bfloat16 products of a processor are as float32 ones (None: it has none).
+
+    By one thread and in short runs, of which some find the processor free whatever else runs on the machine.
+    """
     if here.type != "cpu" or BFLOAT16_CPU_FLAGS.isdisjoint(cpu_flags().split()):
         return None
-    rates = _matmul_flops(here, torch.float32, torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rates = _matmul_flops(here, RATIO_PROBE, torch.float32, torch.bfloat16)
+    finally:
+        torch.set_num_threads(threads)
     return rates[1] / rates[0]
 
 
-def _matmul_flops(here: torch.device, *dtypes: torch.dtype) -> list[float]:
+def _matmul_flops(here: torch.device, probe: _Probe, *dtypes: torch.dtype) -> list[float]:
     """Return the best rate of several runs for each type of number, in turns, so that what else runs slows all.
 
     A product must take longer than to start it: a GPU gets large ones.
     """
-    size, products = PROBES[here.type]
+    size, products, runs = probe
     pairs = [[torch.randn(size, size, device=here).to(dtype) for _ in range(2)] for dtype in dtypes]
     best = [0.0] * len(dtypes)
-    for _ in range(1 + PROBE_RUNS):  # what comes first also pays for buffers and clocks
+    for _ in range(1 + runs):  # what comes first also pays for buffers and clocks
         for index, (left, right) in enumerate(pairs):
             started = time.perf_counter()
             for _ in range(products):
