@@ -179,7 +179,7 @@ def test_an_eval_is_made_found_changed_and_deleted(live: Live) -> None:
         ({"testing_criteria": []}, "testing_criteria", "1 to 64"),
         ({"testing_criteria": [ANSWERS, SAYS_IT | {"operation": "lt"}]}, "testing_criteria[1].operation", "'eq'"),
         ({"testing_criteria": [ANSWERS, ANSWERS]}, "testing_criteria[1].name", "another grader"),
-        ({"testing_criteria": [{"type": "multi", "name": "m"}]}, "testing_criteria[0].type", "must be one of"),
+        ({"testing_criteria": [{"type": "multi", "name": "m"}]}, "testing_criteria[0].type", "is not known here"),
         (
             {"testing_criteria": [{"type": "python", "name": "p", "source": "grade = 1"}]},
             "testing_criteria[0].source",
@@ -272,14 +272,13 @@ def test_rows_that_do_not_fit_the_schema_are_named(live: Live) -> None:
     with pytest.raises(openai.BadRequestError, match="'q' is a required property") as caught:
         client.evals.runs.create(eval_id, data_source=asking(inline({"item": {"q": "a"}}, {"item": {"a": "b"}})))  # type: ignore[arg-type]
     assert caught.value.param == "data_source.source.content[1]"
-    lines = [{"item": {"q": "a"}}, {"item": {"q": 3}}, {"q": "a"}, {"item": {"q": "b", "a": "B!"}}]
+    lines = [{"item": {"q": "a"}}, {"item": {"q": 3}}, {"item": {"q": "b", "a": "B!"}}]
     content = "\n".join(map(json.dumps, lines)).encode()
     file = client.files.create(file=("rows.jsonl", content), purpose="evals")
     run, found = done(client, eval_id, asking({"type": "file_id", "id": file.id}))
     assert (run.status, run.error.code, found) == ("failed", "run_failed", [])
     assert "line 2: item.q: 3 is not of type 'string'" in run.error.message
-    assert "line 3: item: Field required" in run.error.message
-    assert "line 4: item.a: 'B!' does not match" in run.error.message
+    assert "line 3: item.a: 'B!' does not match" in run.error.message
 
 
 def test_stored_completions_are_graded_and_asked_again(live: Live) -> None:
@@ -369,9 +368,9 @@ def test_a_run_of_a_model_that_does_not_exist_fails(live: Live) -> None:
 @pytest.mark.parametrize(
     ("data_source", "param", "message"),
     [
-        ({"type": "json"}, "data_source.type", "must be one of"),
+        ({"type": "json"}, "data_source.type", "is not known here"),
         ({"type": "jsonl"}, "data_source.source", "required"),
-        ({"type": "jsonl", "source": {"type": "stored_completions"}}, "data_source.source.type", "must be one of"),
+        ({"type": "jsonl", "source": {"type": "stored_completions"}}, "data_source.source.type", "is not known here"),
         ({"type": "jsonl", "source": inline()}, "data_source.source.content", "at least 1 item"),
         (
             {"type": "jsonl", "source": inline({"item": {"q": "a"}, "sample": {"choices": 5}})},

@@ -65,6 +65,8 @@ def test_a_file_is_kept_listed_read_and_deleted(live: Live) -> None:
         ("batch", lines(REQUEST | {"url": "/v1/files", "method": "GET"}), "method must be 'POST'"),
         ("batch", lines(REQUEST | {"body": {"stream": True}}), "a batch has no streams"),
         ("evals", lines([1]), "line 1: is an array"),
+        ("evals", lines({"item": {}}, {"country": "x"}), "line 2: item: Field required"),
+        ("evals", lines({"item": 5}), "line 1: item: Input should be a valid dictionary"),
     ],
 )
 def test_a_file_that_does_not_fit_its_purpose_says_why(live: Live, purpose: str, content: bytes, found: str) -> None:

@@ -111,6 +111,8 @@ def test_the_sdk_sees_its_bounds_and_a_rate_limit_error(start_live: Callable[...
     with pytest.raises(openai.RateLimitError) as caught:
         client.models.list()
     assert caught.value.code == "rate_limit_exceeded"
+    assert caught.value.response.headers["x-ratelimit-limit-requests"] == "2"
+    assert caught.value.response.headers["x-ratelimit-remaining-requests"] == "0"
     assert 0 < int(caught.value.response.headers["retry-after-ms"]) <= 30_000
     assert caught.value.response.headers["x-request-id"]
     assert httpx.get(f"{live.url}/health").status_code == 200

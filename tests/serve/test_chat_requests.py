@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from luthier.errors import CapacityError, ConflictError, EngineError, InputError, LuthierError, NotFoundError
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.example import Message
-from luthier.serve.api_error import ApiError, as_api_error, field_error
+from luthier.serve.api_error import ApiError, as_api_error
 from luthier.serve.chat import complete_chat, prepare_chat, stream_chat
 from luthier.serve.chat_request import ChatRequest, refuse_unsupported
+from luthier.serve.field_errors import field_error
 from luthier.serve.pool import LoadedModel
 from luthier.templates.chat_format import ChatFormat
 
@@ -27,7 +28,7 @@ def parse_chat_request(body: Any) -> ChatRequest:
     try:
         request = ChatRequest.model_validate(body)
     except ValidationError as error:
-        raise field_error([(item["loc"], item["msg"], item["type"]) for item in error.errors()]) from error
+        raise field_error(error.errors()) from error
     refuse_unsupported(request)
     return request
 
@@ -63,7 +64,7 @@ def stream(folder: Path, body: dict[str, Any]) -> list[dict[str, Any]]:
     ("option", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tool_choice": "always"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice.function"),

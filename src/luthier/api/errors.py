@@ -8,7 +8,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from luthier.errors import LuthierError
-from luthier.serve.api_error import ApiError, as_api_error, field_error
+from luthier.serve.api_error import ApiError, as_api_error
+from luthier.serve.field_errors import field_error
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -35,4 +36,4 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 async def _answer_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class
-    return respond(field_error([(item["loc"][1:], item["msg"], item["type"]) for item in error.errors()]))
+    return respond(field_error([item | {"loc": item["loc"][1:]} for item in error.errors()]))

@@ -74,14 +74,16 @@ class RateLimiter:
         requests = self._bucket(caller, "requests", moment)
         tokens = self._bucket(caller, "tokens", moment)
         for kind, bucket, amount in (("requests", requests, 1), ("tokens", tokens, max(1, estimate))):
-            if bucket is not None:
-                self._check(kind, bucket, min(amount, bucket.per_minute), moment)
+            seconds = 0.0 if bucket is None else bucket.seconds_until(min(amount, bucket.per_minute), moment)
+            if bucket is not None and seconds > 0:
+                raise _too_many(kind, bucket.per_minute, seconds, _headers(requests, tokens, moment))
         if requests is not None:
             requests.take(1, moment)
         if tokens is not None:
             estimate = min(estimate, tokens.per_minute)
             tokens.take(estimate, moment)
-        return Admission(_headers(requests, tokens, moment), tokens, estimate)
+        headers = _headers(requests, tokens, moment)
+        return Admission(tuple((name.encode(), value.encode()) for name, value in headers.items()), tokens, estimate)
 
     def settle(self, admission: Admission, tokens: int) -> None:
         """Take what a request really cost."""
@@ -106,18 +108,6 @@ class RateLimiter:
             bucket = self._buckets[place] = Bucket(per_minute, moment)
         return bucket
 
-    def _check(self, kind: str, bucket: Bucket, amount: float, moment: float) -> None:
-        seconds = bucket.seconds_until(amount, moment)
-        if seconds > 0:
-            raise ApiError(
-                429,
-                f"Rate limit of this key reached: {bucket.per_minute} {kind} per minute. Try again in "
-                f"{duration(seconds)}.",
-                type=kind,
-                code="rate_limit_exceeded",
-                retry_after_seconds=seconds,
-            )
-
 
 def duration(seconds: float) -> str:
     """Return a time as OpenAI writes it in headers: ``120ms``, ``1.5s``, ``6m0s``."""
@@ -129,11 +119,22 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest}s"
 
 
-def _headers(requests: Bucket | None, tokens: Bucket | None, moment: float) -> tuple[Header, ...]:
+def _too_many(kind: str, per_minute: int, seconds: float, headers: dict[str, str]) -> ApiError:
+    return ApiError(
+        429,
+        f"Rate limit of this key reached: {per_minute} {kind} per minute. Try again in {duration(seconds)}.",
+        type=kind,
+        code="rate_limit_exceeded",
+        retry_after_seconds=seconds,
+        more_headers=headers,
+    )
+
+
+def _headers(requests: Bucket | None, tokens: Bucket | None, moment: float) -> dict[str, str]:
     headers = {}
     for kind, bucket in (("requests", requests), ("tokens", tokens)):
         if bucket is not None:
-            headers[f"limit-{kind}"] = str(bucket.per_minute)
-            headers[f"remaining-{kind}"] = str(max(0, math.floor(bucket.level(moment))))
-            headers[f"reset-{kind}"] = duration(bucket.seconds_until(bucket.per_minute, moment))
-    return tuple((f"x-ratelimit-{name}".encode(), value.encode()) for name, value in headers.items())
+            headers[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level(moment))))
+            headers[f"x-ratelimit-reset-{kind}"] = duration(bucket.seconds_until(bucket.per_minute, moment))
+    return headers

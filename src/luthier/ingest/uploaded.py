@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from luthier.ingest.readers import read_rows
 from luthier.ingest.training_rows import read_training_rows
 from luthier.records.batch import BATCH_ENDPOINTS
 from luthier.records.dataset import BadRow, SourceFormat
+from luthier.records.eval import GivenRow
 from luthier.records.example import Example
 from luthier.records.file import FilePurpose
 
@@ -18,7 +22,7 @@ MAX_CUSTOM_ID = 512
 
 def problems_of(path: Path, purpose: FilePurpose) -> str | None:
     """Return why a file cannot be used for its purpose, with the lines; None where it can, or where any file can."""
-    readers = {"fine-tune": read_training_rows, "batch": read_requests, "evals": _read_items}
+    readers = {"fine-tune": read_training_rows, "batch": read_requests, "evals": read_eval_rows}
     if purpose not in readers:
         return None
     rows = 0
@@ -64,6 +68,22 @@ def _request_problems(row: Example, seen: set[str]) -> list[str]:
     elif body.get("stream"):
         problems.append("body.stream: a batch has no streams")
     return problems
+
+
+def read_eval_rows(path: Path) -> Iterator[Example | BadRow]:
+    """Yield the lines of an eval: ``item`` and perhaps ``sample`` as fields, or what is wrong."""
+    for row in _read_items(path):
+        problems = [] if isinstance(row, BadRow) else row_problems(dict(row.fields))
+        yield BadRow(line=row.line or 0, reason="; ".join(problems)) if problems else row
+
+
+def row_problems(row: dict[str, Any]) -> list[str]:
+    """Return what a row of an eval lacks: an object ``item``, and a sound ``sample`` where there is one."""
+    try:
+        GivenRow.model_validate(row)
+    except ValidationError as error:
+        return [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+    return []
 
 
 def _read_items(path: Path) -> Iterator[Example | BadRow]:

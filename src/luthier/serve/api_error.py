@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from luthier.errors import (
@@ -16,7 +16,6 @@ from luthier.errors import (
 )
 
 RETRY_AFTER_SECONDS = 1
-MAX_FINDINGS = 8
 STATUSES: tuple[tuple[type[LuthierError], int, str, str | None], ...] = (
     (InputError, 400, "invalid_request_error", None),
     (NotFoundError, 404, "invalid_request_error", "not_found"),
@@ -36,6 +35,7 @@ class ApiError(LuthierError):
         param: The path of the offending field, such as ``messages[0].role``.
         code: OpenAI's fine kind, such as ``model_not_found``.
         retry_after_seconds: When to come again; None says what is usual for the status.
+        more_headers: What else the answer's headers say.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class ApiError(LuthierError):
         param: str | None = None,
         code: str | None = None,
         retry_after_seconds: float | None = None,
+        more_headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -53,6 +54,7 @@ class ApiError(LuthierError):
         self.param = param
         self.code = code
         self.retry_after_seconds = retry_after_seconds
+        self.more_headers = dict(more_headers or {})
 
     @property
     def body(self) -> dict[str, Any]:
@@ -61,7 +63,11 @@ class ApiError(LuthierError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that steer the client's retries: an engine that died is worth one, a conflict is not."""
+        """Headers, most of them to steer the client's retries: an engine that died is worth one, a conflict is not."""
+        return self._retry_headers | self.more_headers
+
+    @property
+    def _retry_headers(self) -> dict[str, str]:
         if self.status in (409, 504):
             return {"x-should-retry": "false"}
         if self.retry_after_seconds is not None:
@@ -73,31 +79,6 @@ class ApiError(LuthierError):
 def model_not_found(message: str) -> ApiError:
     """Return the error of a model that the caller does not have."""
     return ApiError(404, message, param="model", code="model_not_found")
-
-
-def field_error(findings: Sequence[tuple[tuple[int | str, ...], str, str]]) -> ApiError:
-    """Return pydantic's findings (place, message, kind) as one error.
-
-    ``param`` is the path of the innermost field, as in ``messages[0].role``.
-    """
-    found = [(_path(place), message, kind) for place, message, kind in findings]
-    param, _, kind = max(found, key=lambda finding: len(finding[0]))
-    return ApiError(
-        400,
-        "; ".join(f"{path}: {message}" if path else message for path, message, _ in found[:MAX_FINDINGS]),
-        param=param or None,
-        code="missing_required_parameter" if kind == "missing" else "invalid_value",
-    )
-
-
-def _path(place: tuple[int | str, ...]) -> str:
-    """Return pydantic's place of a finding without the members of unions that it tried (``str``, ``list[…]``)."""
-    parts = [part for part in place if isinstance(part, int) or _is_field(part)]
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
-
-
-def _is_field(part: str) -> bool:
-    return part.isidentifier() and part != "str" and not part[0].isupper()
 
 
 def as_api_error(error: LuthierError) -> ApiError:

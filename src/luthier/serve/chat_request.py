@@ -56,11 +56,12 @@ def _type_of(value: Any) -> Any:
 
 
 def _kind_of_part(value: Any) -> str:
-    return "RefusalPart" if _type_of(value) == "refusal" else "TextPart"
+    return f"part {_type_of(value) or 'text'}"
 
 
+# Tags are no identifiers, so that errors do not take them for names of fields.
 Part = Annotated[
-    Annotated[TextPart, Tag("TextPart")] | Annotated[RefusalPart, Tag("RefusalPart")], Discriminator(_kind_of_part)
+    Annotated[TextPart, Tag("part text")] | Annotated[RefusalPart, Tag("part refusal")], Discriminator(_kind_of_part)
 ]
 
 
@@ -214,6 +215,10 @@ def _check_message(message: ChatMessage, place: str) -> None:
     if message.role == "tool" and message.tool_call_id is None:
         _missing(f"{place}.tool_call_id")
     if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
+        if "content" in message.model_fields_set:
+            param = f"{place}.content"
+            what = f"{param}: must be a text or a list of parts in a turn of the role {message.role!r}, not null"
+            raise ApiError(400, what, param=param, code="invalid_value")
         _missing(f"{place}.content")
     if message.tool_calls and message.role != "assistant":
         what = f"{place}.tool_calls: only an assistant's turn has them"

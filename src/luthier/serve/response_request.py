@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from luthier.records.response import Item
 from luthier.records.stored import Metadata
 from luthier.serve import chat_request
-from luthier.serve.api_error import ApiError, field_error
+from luthier.serve.api_error import ApiError
 from luthier.serve.chat_request import ChatRequest
+from luthier.serve.field_errors import field_error
 from luthier.serve.response_items import InputItem, chat_messages
 
 MAX_ITEMS = 4096
@@ -181,7 +182,7 @@ class ResponseRequest(_Options):
                     {name: value for name, value in options.items() if value is not None}
                 )
             except ValidationError as error:
-                raise field_error([(one["loc"], one["msg"], one["type"]) for one in error.errors()]) from error
+                raise field_error(error.errors()) from error
             chat_request.refuse_unsupported(asked)
         return asked
 

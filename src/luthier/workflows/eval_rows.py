@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from luthier.errors import InputError
 from luthier.evaluate.item_schema import ItemSchema
 from luthier.ingest.readers import read_rows
+from luthier.ingest.uploaded import row_problems
 from luthier.records.dataset import BadRow, SourceFormat
-from luthier.records.eval import FileContent, FileId, GivenRow, RowSource
+from luthier.records.eval import FileContent, FileId, RowSource
 from luthier.store.store import Store
 from luthier.workflows.eval_logs import logged_rows
 from luthier.workflows.files import file_path
@@ -66,11 +65,8 @@ def problems_of(row: Json | str, schema: ItemSchema | None) -> list[str]:
     """
     if isinstance(row, str):
         return [row]
-    try:
-        item = GivenRow.model_validate(row).item
-    except ValidationError as error:
-        return [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
-    return schema.problems(item) if schema else []
+    problems = row_problems(row)
+    return schema.problems(row["item"]) if schema and not problems else problems
 
 
 def read_written_rows(path: Path, without: set[int]) -> Iterator[Row]:

@@ -14,10 +14,11 @@ from luthier.evaluate.item_schema import ItemSchema
 from luthier.records.eval import MAX_CRITERIA, CustomData, Eval, LoggedData
 from luthier.records.grader import Grader, LabelModelGrader, ScoreModelGrader, StringCheckGrader, TextSimilarityGrader
 from luthier.records.stored import Metadata, Page, new_id, now
+from luthier.serve.field_errors import Place
 from luthier.store.collection import Order
 from luthier.store.store import Store
 from luthier.workflows.graders import check_grader, read_grader
-from luthier.workflows.written import Place, read_written, refused
+from luthier.workflows.written import read_written, refused
 
 Json = dict[str, Any]
 DATA: dict[str, type[CustomData | LoggedData]] = {

@@ -27,8 +27,9 @@ from luthier.records.grader import (
     TextSimilarityGrader,
 )
 from luthier.serve.api_error import ApiError
+from luthier.serve.field_errors import Place
 from luthier.store.store import Store
-from luthier.workflows.written import Place, read_written, refused
+from luthier.workflows.written import read_written, refused
 
 Json = dict[str, Any]
 Ask = Callable[[str, Json], Awaitable[Answer]]

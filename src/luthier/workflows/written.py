@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from luthier.errors import did_you_mean
 from luthier.records.grader import Written
-from luthier.serve.api_error import ApiError, field_error
+from luthier.serve.api_error import ApiError
+from luthier.serve.field_errors import Place, field_error
 
-Place = tuple[int | str, ...]
 W = TypeVar("W", bound=Written)
 
 
@@ -30,19 +30,17 @@ def read_written(kinds: Mapping[str, type[W]], written: Any, place: Place) -> W:
         raise refused(place, "must be an object")
     kind = written.get("type")
     if not isinstance(kind, str) or kind not in kinds:
-        known = ", ".join(kinds)
-        hint = did_you_mean(kind, kinds) if isinstance(kind, str) else ""
-        raise refused((*place, "type"), f"must be one of {known}, not {kind!r}.{hint}")
+        known = did_you_mean(str(kind), kinds)
+        raise refused((*place, "type"), f"{kind!r} is not known here.{known}")
     try:
         return kinds[kind].model_validate(written)
     except ValidationError as error:
-        found = [((*place, *item["loc"]), item["msg"], item["type"]) for item in error.errors()]
-        raise field_error(found) from error
+        raise field_error(error.errors(), place) from error
 
 
 def refused(
     place: Place, why: str, *, kind: str = "value_error", status: int = 400, code: str | None = None
 ) -> ApiError:
     """Return the error of a field."""
-    error = field_error([(place, why, kind)])
+    error = field_error([{"loc": place, "msg": why, "type": kind}])
     return error if (status, code) == (400, None) else ApiError(status, error.message, param=error.param, code=code)
