@@ -140,6 +140,11 @@ def test_broken_and_oversized_bodies_are_refused(start_live: Callable[..., Live]
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
     assert httpx.post(url, json=[1]).status_code == 400
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port), timeout=60) as client:
+        client.sendall(f"{head}Content-Length: {2**24}\r\n\r\n".encode())
+        client.sendall(b" " * 2**24)  # all of it, before it listens
+        assert client.recv(4096).startswith(b"HTTP/1.1 413")
     unknown = httpx.get(f"{live.url}/v1/nothing")
     assert unknown.status_code == 404
     assert unknown.json()["error"]["message"]

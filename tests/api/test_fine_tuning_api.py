@@ -351,10 +351,43 @@ def test_files_that_do_not_fit_are_refused_with_their_details(shop: Live, acme: 
     with pytest.raises(openai.BadRequestError, match="line 3: bad") as caught:
         acme.fine_tuning.jobs.create(model="tiny-base", training_file=broken)
     assert caught.value.param == "training_file"
+    with pytest.raises(openai.BadRequestError, match="It has 1 example, and at least 2 are needed"):
+        acme.fine_tuning.jobs.create(model="tiny-base", training_file=upload(shop.store, chats(1)))
+    with pytest.raises(openai.BadRequestError, match="line 1: ") as caught:
+        acme.fine_tuning.jobs.create(
+            model="tiny-base", training_file=upload(shop.store, chats(2)), method={"type": "dpo", "dpo": {}}
+        )
+    assert caught.value.param == "training_file"
     gone = upload(shop.store, chats(2))
     shop.store.files.change("acme", gone, lambda file: file.model_copy(update={"expires_at": 1}))
     with pytest.raises(openai.NotFoundError, match="expired"):
         acme.fine_tuning.jobs.create(model="tiny-base", training_file=gone)
+
+
+def test_a_job_that_is_validated_with_what_it_learns_says_so(shop: Live, acme: openai.OpenAI) -> None:
+    file = upload(shop.store, chats(2))
+    job = acme.fine_tuning.jobs.create(model="tiny-base", training_file=file, validation_file=file)
+    (event,) = [event for event in acme.fine_tuning.jobs.list_events(job.id) if event.level == "warn"]
+    assert "learned by heart" in event.message
+    acme.fine_tuning.jobs.cancel(job.id)
+
+
+def test_a_model_that_is_not_here_is_told_apart_from_one_that_nobody_knows(
+    shop: Live, acme: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: str) -> str:
+        with pytest.raises(openai.NotFoundError) as caught:
+            acme.fine_tuning.jobs.create(model=model, training_file=upload(shop.store, chats(2)))
+        assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+        return caught.value.message
+
+    assert "luthier model pull smollm2-360m" in refused("smollm2-360m")
+    assert "The model 'tiny-bas' does not exist. Did you mean 'tiny-base'?" in refused("tiny-bas")
+    assert "LUTHIER_STAND_INS lets a base answer" in refused("gpt-4o-mini")
+    monkeypatch.setenv("LUTHIER_STAND_INS", "gpt-*=smollm2-360m")
+    found = refused("gpt-4o-mini")
+    assert "lets 'smollm2-360m' answer for 'gpt-4o-mini'" in found
+    assert "luthier model pull smollm2-360m" in found
 
 
 def test_jobs_are_listed_in_pages_and_by_their_labels(shop: Live) -> None:

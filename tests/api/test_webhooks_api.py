@@ -332,7 +332,9 @@ def test_addresses_where_clouds_keep_credentials_are_never_told(receiver: Receiv
 
     mapped = f"http://[::ffff:127.0.0.1]:{receiver.port}/"
     for url in ("http://169.254.169.254/latest", "http://0.0.0.0:80", "http://[fe80::1]/", "http://224.0.0.1/"):
-        assert "may not be told" in asyncio.run(tell(url, "any"))
+        assert "never told" in asyncio.run(tell(url, "any"))
+        with pytest.raises(InputError, match="never told"):
+            check_address(url)
     for url in (receiver.url, f"http://localhost:{receiver.port}/", mapped, "http://10.0.0.1/"):
         assert "may not be told" in asyncio.run(tell(url, "public"))
     assert receiver.received == []

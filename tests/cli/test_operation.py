@@ -122,8 +122,13 @@ def test_a_stream_that_takes_too_long_is_broken_off_at_the_end(
         with suppress(httpx.RemoteProtocolError):
             rest += lines
     assert "data: [DONE]" not in rest
+    last = json.loads([line for line in rest if line][-1].removeprefix("data: "))
+    assert last["error"]["code"] == "shutting_down"
     service.process.communicate(timeout=DEADLINE_SECONDS)
     assert service.process.returncode == 0
+    told = [line["message"] for line in service.lines() if line["level"] in ("warning", "error")]
+    assert "A stream was broken off: the server ends." in told
+    assert "Traceback" not in service.log.read_text()
 
 
 def test_nothing_is_sent_anywhere_unless_a_collector_is_named(

@@ -80,6 +80,7 @@ def stream(folder: Path, body: dict[str, Any]) -> list[dict[str, Any]]:
         ({"web_search_options": {}}, "web_search_options"),
         ({"moderation": {"model": "x"}}, "moderation"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"guided_json": {}}, "guided_json"),
         ({"temperature": 3}, "temperature"),
         ({"n": 0}, "n"),
         ({"max_tokens": 0}, "max_tokens"),

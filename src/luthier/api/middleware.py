@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier.api.errors import respond
@@ -12,10 +15,12 @@ __all__ = ["REQUEST_ID", "BodyLimit"]
 
 FILE_ROUTES = ("/v1/files", "/v1/uploads/")  # these take files in multipart bodies
 MULTIPART_BYTES = 2**16  # what a form adds to its file
+READ_TO_BE_HEARD = 2**25  # bytes over the bound: many clients send all before they listen, and would see a reset
+READ_SECONDS = 10.0
 
 
 class BodyLimit:
-    """Answer 413 to a body that is too large, as soon as that is known."""
+    """Answer 413 to a body that is too large; one that is so by little is read first, so that its client hears it."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app = app
@@ -31,6 +36,8 @@ class BodyLimit:
         error = ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and int(length) > limit:
+            if int(length) <= limit + READ_TO_BE_HEARD:
+                await _read_away(receive)
             await respond(error)(scope, receive, send)
             return
         received = 0
@@ -44,3 +51,10 @@ class BodyLimit:
             return message
 
         await self.app(scope, receive_counted, send)
+
+
+async def _read_away(receive: Receive) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(READ_SECONDS):
+            while (await receive()).get("more_body"):
+                pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
@@ -12,10 +13,15 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from luthier.errors import LuthierError
-from luthier.serve.api_error import as_api_error
+from luthier.serve.api_error import ApiError, as_api_error
 from luthier.serve.wire_json import encode_json
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; nobody reads it
+AT_THE_END = "Task cancelled, timeout graceful shutdown exceeded"  # uvicorn's word to what is still under way
+BROKEN_OFF = ApiError(
+    503, "The server ends, and broke off this answer. Ask again.", "server_error", code="shutting_down"
+)
+log = logging.getLogger("luthier.api")
 Result = TypeVar("Result")
 
 
@@ -28,9 +34,18 @@ class EventStream(StreamingResponse):
         self._resources.push_async_callback(events.aclose)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until they end or the client is gone."""
+        """Send the events until they end, the client is gone, or the server ends and can wait no longer."""
         async with self._resources:
-            await super().__call__(scope, receive, send)
+            try:
+                await super().__call__(scope, receive, send)
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is None or error.args != (AT_THE_END,):
+                    raise
+                task.uncancel()
+                log.warning("A stream was broken off: the server ends.")
+                body = event(BROKEN_OFF.body).encode(self.charset)
+                await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def event(data: dict[str, Any] | str, name: str | None = None) -> str:

@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reasoning_effort": (lambda value: value not in (None, "none"), "these models answer without reasoning first"),
     "verbosity": (lambda value: value not in (None, "medium"), "these models have no such setting"),
     **dict.fromkeys(OTHER_SERVERS, (lambda value: value not in (None, False, [], {}), "not supported here")),
+    "guided_json": (lambda value: value is not None, "not supported here; give response_format"),
 }
 
 

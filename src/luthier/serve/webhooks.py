@@ -30,6 +30,7 @@ MAX_ATTEMPTS = 15  # over about nine hours
 TIMEOUT_SECONDS = 15.0
 MAX_PORT = 65535
 Targets = Literal["any", "public"]
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def check_address(url: str) -> httpx.URL:
     """Return an address that can be told something.
 
     Raises:
-        InputError: it is no http or https address, or it has a user or a fragment in it.
+        InputError: it is no http or https address, it has a user or a fragment in it, or it is one that is never told.
     """
     try:
         parsed = httpx.URL(url)
@@ -82,6 +83,12 @@ def check_address(url: str) -> httpx.URL:
         raise InputError(f"url: {url!r} is not an http or https address.")
     if parsed.userinfo or parsed.fragment:
         raise InputError("url: an address has no user, password or fragment in it.")
+    try:
+        never = _is_nobodys(ipaddress.ip_address(parsed.host))
+    except ValueError:  # a name, which is looked at when it is resolved
+        never = False
+    if never:
+        raise InputError(f"url: {parsed.host} is link-local or no host's address, which is never told anything.")
     return parsed
 
 
@@ -143,13 +150,21 @@ class Sender:
         addresses = [str(entry[4][0]) for entry in found]
         allowed = [address for address in addresses if self._may_reach(address)]
         if not allowed:
-            raise InputError(f"the address {addresses[0]} of {host} may not be told (LUTHIER_WEBHOOK_TARGETS)")
+            setting = " (LUTHIER_WEBHOOK_TARGETS=public)" if self._targets == "public" else ""
+            raise InputError(f"the address {addresses[0]} of {host} may not be told{setting}")
         return allowed[0]
 
     def _may_reach(self, text: str) -> bool:
-        address: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(text)
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            address = address.ipv4_mapped
-        if address.is_link_local or address.is_multicast or address.is_unspecified:
-            return False
-        return self._targets == "any" or address.is_global
+        address = ipaddress.ip_address(text)
+        return not _is_nobodys(address) and (self._targets == "any" or _embedded(address).is_global)
+
+
+def _is_nobodys(address: Address) -> bool:
+    """Return whether an address is link-local (where clouds keep credentials) or no single host's."""
+    address = _embedded(address)
+    return address.is_link_local or address.is_multicast or address.is_unspecified
+
+
+def _embedded(address: Address) -> Address:
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address

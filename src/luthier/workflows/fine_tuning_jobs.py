@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import islice
 from typing import Any
 
 from luthier.errors import ConflictError, InputError, NotFoundError
+from luthier.ingest.training_rows import read_training_rows
 from luthier.jobs.launch import submit
+from luthier.records.dataset import BadRow
 from luthier.records.fine_tuning import Checkpoint, Hyperparameters, JobRequest, TrainingFiles
 from luthier.records.model import check_suffix
+from luthier.records.objectives import PAIRED
 from luthier.records.run import RESUMABLE, Run, RunEvent, RunKind, RunRequest
 from luthier.records.stored import Page
 from luthier.records.training import AUTO, TrainingConfig
@@ -16,12 +20,14 @@ from luthier.serve.api_error import ApiError, model_not_found
 from luthier.settings import load_settings
 from luthier.store.store import Store
 from luthier.workflows.checkpoints import is_checkpoint
-from luthier.workflows.files import file_for
+from luthier.workflows.files import file_for, file_path
 from luthier.workflows.fine_tuning import job_id, run_id_of, sequence_of
 from luthier.workflows.material import TrainRequest
 from luthier.workflows.models import decoder, model_named
 
 KINDS: tuple[RunKind, ...] = ("train",)
+LEAST_EXAMPLES = 2
+FIRST_LINES = 50
 ASKED = {"pause": "pause", "cancel": "stop for good"}
 
 
@@ -34,9 +40,10 @@ def create_job(store: Store, project: str, asked: JobRequest) -> Run:
     """
     options = _options(asked)
     base = _base(store, project, asked.model)
-    _check_file(store, project, asked.training_file, "training_file")
+    pairs = options.method in PAIRED
+    _check_file(store, project, asked.training_file, "training_file", least=LEAST_EXAMPLES, pairs=pairs)
     if asked.validation_file is not None:
-        _check_file(store, project, asked.validation_file, "validation_file")
+        _check_file(store, project, asked.validation_file, "validation_file", least=1, pairs=pairs)
     if asked.suffix is not None:
         try:
             check_suffix(asked.suffix)
@@ -50,6 +57,9 @@ def create_job(store: Store, project: str, asked: JobRequest) -> Run:
     )
     run = submit(store, "train", request, project=project, metadata=asked.metadata)
     store.runs.add_event(run.id, f"Created fine-tuning job: {job_id(run.id)}")
+    if asked.validation_file == asked.training_file:
+        same = "validation_file is training_file: its loss will say how much was learned by heart, and nothing more"
+        store.runs.add_event(run.id, same, level="warning")
     return run
 
 
@@ -133,8 +143,8 @@ def job_checkpoints(store: Store, project: str, job: str, after: str | None, lim
 
 def _base(store: Store, project: str, name: str) -> str:
     """Return the base or tuned model that a client names to start from."""
-    found = model_named(store, project, name, load_settings().stand_ins)
     try:
+        found = model_named(store, project, name, load_settings().stand_ins)
         if is_checkpoint(found):
             raise InputError(f"Training cannot start from the checkpoint {found!r}; name its job's model.")
         if not found.startswith("ft:"):
@@ -152,11 +162,22 @@ def _base(store: Store, project: str, name: str) -> str:
     return tuned.name
 
 
-def _check_file(store: Store, project: str, id: str, param: str) -> None:
-    """Refuse a file that is not there, not meant for this, or known to be wrong."""
+def _check_file(store: Store, project: str, id: str, param: str, *, least: int, pairs: bool) -> None:
+    """Refuse a file that is not there, not meant for this, known to be wrong, or whose first lines do not fit.
+
+    Its worker looks at all lines.
+    """
     file = file_for(store, project, id, "fine-tune", param)
-    if file.status == "error":
-        message = f"The file {id!r} ({file.filename}) cannot be learned from. {file.status_details or ''}".strip()
+    problem = file.status_details or "" if file.status == "error" else None
+    if problem is None:
+        first = list(islice(read_training_rows(file_path(store, project, id), pairs=pairs), FIRST_LINES))
+        wrong = next((row for row in first if isinstance(row, BadRow)), None)
+        if wrong is not None:
+            problem = f"line {wrong.line}: {wrong.reason}"
+        elif len(first) < least:
+            problem = f"It has {len(first)} example, and at least {least} are needed; 20 are sensible."
+    if problem is not None:
+        message = f"The file {id!r} ({file.filename}) cannot be learned from. {problem}".strip()
         raise ApiError(400, message, param=param, code="invalid_file")
 
 

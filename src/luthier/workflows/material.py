@@ -46,7 +46,6 @@ from luthier.workflows.models import served_folder, shape
 RAW_PROMPT_CHARACTERS = 200
 LARGE_BYTES = 200_000_000  # of the data set's file
 ASKED_EXAMPLES = 1_000  # of which the prompts of parity and of sample answers are drawn
-TESTED_BY_EVALUATION = ("supervised", "raw_text")
 
 
 class TrainRequest(Record):
@@ -147,7 +146,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     test_side: list[Example] = []
     if request.files:
         asked = list(islice(store.datasets.examples(dataset, "train"), ASKED_EXAMPLES))  # only their prompts matter
-    elif options.method in TESTED_BY_EVALUATION:
+    elif options.method == "supervised":  # the test side is for evaluations, which ask the model
         asked = _drawn(store.datasets.examples(dataset, "test"), options.seed) or side(store, dataset, "test")
     else:
         test_side = side(store, dataset, "test")

@@ -11,7 +11,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from luthier.errors import CapacityError, ConflictError, InputError, LuthierError, MissingDependencyError
+from luthier.errors import (
+    CapacityError,
+    ConflictError,
+    InputError,
+    LuthierError,
+    MissingDependencyError,
+    NotFoundError,
+    did_you_mean,
+)
 from luthier.llm.base_config import context_length, kind_of, read_config, read_shape
 from luthier.llm.catalogue import CATALOGUE, find, restriction_of
 from luthier.llm.fetch import OnBytes, fetch
@@ -145,13 +153,29 @@ def model_named(store: Store, project: str, name: str, stand_ins: Mapping[str, s
         project: Whose aliases count.
         name: What a client asks for.
         stand_ins: Patterns such as ``gpt-4o-mini*`` → a base model; the first that fits counts.
+
+    Raises:
+        NotFoundError: it means no base model that is here, and is no name of a tuned one.
     """
-    if name in {base.id for base in store.models.bases()}:
+    bases = {base.id for base in store.models.bases()}
+    if name in bases:
         return name
     pointed = {alias.name: alias.model for alias in store.models.aliases(project)}
     if name in pointed:
         return pointed[name]
-    return next((base for pattern, base in (stand_ins or {}).items() if fnmatchcase(name, pattern)), name)
+    stand_in = next((base for pattern, base in (stand_ins or {}).items() if fnmatchcase(name, pattern)), None)
+    found = stand_in or name
+    if found in bases or found.startswith("ft:"):
+        return found
+    if stand_in is not None:
+        why = f"LUTHIER_STAND_INS lets {stand_in!r} answer for {name!r}, and {stand_in!r} is not here."
+        raise NotFoundError(why, hint=f"luthier model pull {stand_in}")
+    if name in CATALOGUE:
+        raise NotFoundError(f"The base model {name!r} is not here.", hint=f"luthier model pull {name}")
+    raise NotFoundError(
+        f"The model {name!r} does not exist.{did_you_mean(name, [*bases, *pointed])}",
+        hint="GET /v1/models lists those that do; LUTHIER_STAND_INS lets a base answer for another name",
+    )
 
 
 def set_alias(store: Store, project: str, alias: str, name: str) -> None:
