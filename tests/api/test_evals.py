@@ -179,7 +179,7 @@ def test_an_eval_is_made_found_changed_and_deleted(live: Live) -> None:
         ({"testing_criteria": []}, "testing_criteria", "1 to 64"),
         ({"testing_criteria": [ANSWERS, SAYS_IT | {"operation": "lt"}]}, "testing_criteria[1].operation", "'eq'"),
         ({"testing_criteria": [ANSWERS, ANSWERS]}, "testing_criteria[1].name", "another grader"),
-        ({"testing_criteria": [{"type": "multi", "name": "m"}]}, "testing_criteria[0].type", "is not known here"),
+        ({"testing_criteria": [{"type": "multi", "name": "m"}]}, "testing_criteria[0].type", "must be one of"),
         (
             {"testing_criteria": [{"type": "python", "name": "p", "source": "grade = 1"}]},
             "testing_criteria[0].source",
@@ -368,9 +368,9 @@ def test_a_run_of_a_model_that_does_not_exist_fails(live: Live) -> None:
 @pytest.mark.parametrize(
     ("data_source", "param", "message"),
     [
-        ({"type": "json"}, "data_source.type", "is not known here"),
+        ({"type": "json"}, "data_source.type", "must be one of"),
         ({"type": "jsonl"}, "data_source.source", "required"),
-        ({"type": "jsonl", "source": {"type": "stored_completions"}}, "data_source.source.type", "is not known here"),
+        ({"type": "jsonl", "source": {"type": "stored_completions"}}, "data_source.source.type", "must be one of"),
         ({"type": "jsonl", "source": inline()}, "data_source.source.content", "at least 1 item"),
         (
             {"type": "jsonl", "source": inline({"item": {"q": "a"}, "sample": {"choices": 5}})},

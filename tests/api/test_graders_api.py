@@ -89,7 +89,7 @@ def test_a_model_that_does_not_exist_is_not_found(live: Live) -> None:
     ("grader", "param", "message"),
     [
         ({"type": "strong_check"}, "grader.type", "Did you mean 'string_check'"),
-        ({"name": "x"}, "grader.type", "None is not known here"),
+        ({"name": "x"}, "grader.type", "is required, and one of string_check"),
         (CHECK | {"operation": "lt"}, "grader.operation", "'eq', 'ne'"),
         ({**CHECK, "name": ""}, "grader.name", "at least 1 character"),
         (CHECK | {"input": "{{row.x}}"}, "grader.input", r"only item\.… and sample\.…"),
@@ -111,7 +111,7 @@ def test_a_model_that_does_not_exist_is_not_found(live: Live) -> None:
         (MULTI | {"calculate_output": "a + c"}, "grader.calculate_output", "no grader 'c'"),
         (MULTI | {"calculate_output": "a.__class__"}, "grader.calculate_output", "is none of"),
         (MULTI | {"graders": {"a": CHECK | {"input": 3}}}, "grader.graders.a.input", "valid string"),
-        (MULTI | {"graders": {"a": MULTI}}, "grader.graders.a.type", "'multi' is not known here"),
+        (MULTI | {"graders": {"a": MULTI}}, "grader.graders.a.type", "not 'multi'"),
         (MULTI | {"graders": []}, "grader.graders", "must be an object"),
     ],
 )

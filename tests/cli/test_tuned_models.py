@@ -107,6 +107,11 @@ def test_a_model_is_deleted_when_that_is_confirmed(classifier: Classifier, tmp_p
     with pytest.raises(ConflictError, match="'sayings' is needed") as kept:
         run("dataset", "delete", "sayings", "--yes")
     assert kept.value.problems == (name,)
+    further = submit(store, "train", TrainRequest(base=name, dataset=model.dataset))
+    with pytest.raises(ConflictError, match="start from the adapter") as kept:
+        run("model", "delete", name, "--yes")
+    assert kept.value.problems == (further.id,)
+    run("run", "cancel", further.id)
     before = disk_bytes(store)
     base_folder = store.models.base_folder(store.models.base("tiny-encoder"))
     told = json.loads(run("model", "delete", name.rsplit(":", 1)[-1], "--yes", "--json"))
@@ -124,6 +129,10 @@ def delete_its_dataset(store: Store, reference: str) -> None:
     with pytest.raises(ConflictError, match="'sayings' is needed") as kept:
         run("dataset", "delete", "sayings", "--yes")
     assert kept.value.problems == (waiting.id,)
+    store.runs.claim("somebody", 60.0, lambda owner: False, waiting.id)
+    store.runs.finish(waiting.id, "somebody", "failed", error="broken")  # it can still be resumed
+    with pytest.raises(ConflictError, match="'sayings' is needed"):
+        run("dataset", "delete", "sayings", "--yes")
     run("run", "cancel", waiting.id)
     with pytest.raises(InputError, match="with all its versions"):
         run("dataset", "delete", reference)

@@ -30,15 +30,40 @@ class Given(BaseModel):
         (
             ChatRequest,
             CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0].content[0].type: must be one of text, refusal, not 'image_url'",
+            'messages[0].content[0].type: must be one of text, refusal, not "image_url"',
             "messages[0].content[0].type",
         ),
         (
             ResponseRequest,
             {"model": "tiny", "input": [{"type": "item_reference", "id": "x"}]},
-            "input[0].type: must be one of message, function_call, function_call_output, not 'item_reference'",
+            'input[0].type: must be one of message, function_call, function_call_output, not "item_reference"',
             "input[0].type",
         ),
+        (
+            ResponseRequest,
+            {"model": "t", "input": [{"type": ""}]},
+            "input[0].type: must be one of message, ",
+            "input[0].type",
+        ),
+        (
+            ResponseRequest,
+            {"model": "t", "input": [{"type": "a b"}]},
+            "input[0].type: must be one of ",
+            "input[0].type",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"logit_bias": {"5": 500, "6": -300}},
+            "logit_bias.5: Input should be less than or ",
+            "logit_bias.5",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"metadata": {"a-b": 5, "c": 1}},
+            "metadata.a-b: Input should be a valid string, not 5; ",
+            "metadata.a-b",
+        ),
+        (ChatRequest, CHAT | {"temperature": "\ud800"}, "temperature: Input should be a valid string, ", "temperature"),
         (Given, {"count": 0}, "count: Input should be greater than or equal to 1, not 0", "count"),
         (Given, {"count": "many"}, "count: Input should be 'auto', not \"many\"", "count"),
         (Given, [], "The body: Input should be a valid dictionary", None),
@@ -51,6 +76,7 @@ def test_an_error_names_the_field_the_rule_and_the_value(
         kind.model_validate(body)
     error = field_error(caught.value.errors())
     assert error.message.startswith(message), error.message
+    assert error.message.encode()
     assert error.param == param
 
 

@@ -227,7 +227,8 @@ REQUESTS: list[tuple[RunStatus, RunRequest, RunStatus | None]] = [
     ("paused", "cancel", "cancelled"),
     ("succeeded", "pause", None),
     ("succeeded", "cancel", None),
-    ("failed", "cancel", None),
+    ("failed", "pause", None),
+    ("failed", "cancel", "cancelled"),
     ("cancelled", "cancel", None),
 ]
 

@@ -273,8 +273,9 @@ def test_the_drift_of_thumbs_is_in_the_time() -> None:
     [
         (6, {}, (3.0, 1.0)),
         (18, {}, (1.0, 3.0)),
-        (6, {"desirable_weight": 1.5}, (1.5, 1.0)),
-        (18, {"undesirable_weight": 2.0}, (1.0, 2.0)),
+        (6, {"desirable_weight": 1.5}, (1.5, 0.5)),
+        (18, {"undesirable_weight": 6.0}, (2.0, 6.0)),
+        (6, {"desirable_weight": 1.5, "undesirable_weight": 1.0}, (1.5, 1.0)),
     ],
 )
 def test_the_rarer_kind_of_thumbs_counts_as_much(
@@ -285,6 +286,13 @@ def test_the_rarer_kind_of_thumbs_counts_as_much(
     plan = plan_training(Material(thumbs, [], RenderReport()), config, SHAPE, MACHINE)
     assert (plan.resolved.kto.desirable_weight, plan.resolved.kto.undesirable_weight) == weights
     assert {"weight of thumbs up", "weight of thumbs down"} <= {reason.name for reason in plan.reasons}
+
+
+def test_thumbs_count_by_the_weights_of_their_examples() -> None:
+    weights = [2.0] * 6 + [0.0] * 12 + [1.0] * 6
+    thumbs = [replace(one, label=float(i < 6), weight=weights[i]) for i, one in enumerate(examples(24))]
+    plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
+    assert (plan.resolved.kto.desirable_weight, plan.resolved.kto.undesirable_weight) == (1.0, 2.0)
 
 
 def test_a_validation_at_the_end_of_each_pass_counts_once() -> None:

@@ -165,11 +165,11 @@ def _show_tuned(model: TunedModel, kind: DatasetKind, *, as_json: bool) -> None:
 
 
 def _hyperparameters(resolved: Resolved) -> list[tuple[str, object]]:
-    """Return what a model was trained with, without what has no effect in its mode."""
-    from luthier.records.training import MODES_OF
+    """Return what a model was trained with, without what has no effect on it."""
+    from luthier.records.training import has_effect
 
     values = resolved.model_dump(exclude_defaults=True)
-    return flat({name: value for name, value in values.items() if resolved.mode in MODES_OF.get(name, {resolved.mode})})
+    return flat({name: one for name, one in values.items() if has_effect(name, resolved.method, resolved.mode)})
 
 
 @app.command()

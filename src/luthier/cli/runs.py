@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from luthier.cli.present import Json, duration, flat, follow_run, moment, open_store, show_json, show_table
@@ -37,7 +39,7 @@ def show(run_id: str, as_json: bool = Json) -> None:
         ("made", moment(run.created_at)),
     ]
     usual = flat({"options": TrainingConfig().model_dump(mode="json")})
-    rows += [chosen for chosen in flat(run.config) if chosen not in usual]
+    rows += [chosen for chosen in flat(_with_effect(run.config)) if chosen not in usual]
     rows += [
         (f"stage {e.data['stage']}", duration(e.data["seconds"]))
         for e in events
@@ -47,6 +49,17 @@ def show(run_id: str, as_json: bool = Json) -> None:
     rows += [("last", metrics[-1])] if metrics else []
     rows += [("error", run.error)] if run.error else []
     show_table(run.id, ("what", "value"), rows)
+
+
+def _with_effect(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration without the options that are for other methods and modes of training."""
+    from luthier.records.training import has_effect
+
+    options = config.get("options")
+    if not isinstance(options, dict) or not {"method", "mode"} <= options.keys():
+        return config
+    method, mode = options["method"], options["mode"]
+    return config | {"options": {name: one for name, one in options.items() if has_effect(name, method, mode)}}
 
 
 @app.command()

@@ -49,6 +49,11 @@ class Run(Record):
         """Whether nothing will happen to it any more by itself."""
         return self.status in FINISHED
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether it waits, runs or can be resumed, so that it needs what it was made from."""
+        return not self.is_finished or self.status in RESUMABLE
+
 
 class RunEvent(Record):
     """One thing that a run said. ``type`` is ``message``, ``progress``, ``metrics`` or ``stage``."""

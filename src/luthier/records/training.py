@@ -55,6 +55,11 @@ class WandbOptions(Record):
     tags: tuple[str, ...] = Field((), description="tags of the run in W&B")
 
 
+def has_effect(option: str, method: Method, mode: Mode) -> bool:
+    """Return whether an option changes anything with a method and a mode."""
+    return method in METHODS_OF.get(option, METHODS) and mode in MODES_OF.get(option, MODES)
+
+
 class TrainingConfig(Record):
     """The options of training; each ``"auto"`` is derived by the plan, with its reason.
 

@@ -16,7 +16,8 @@ MAX_FINDINGS = 8
 MAX_VALUE_LETTERS = 60
 SAY_THE_VALUE_THEMSELVES = frozenset({"missing", "extra_forbidden", "value_error", "assertion_error"})
 FORM_FIELD = re.compile(r"(?!list|dict|tuple|set)[a-z_]+\[[a-z_]+\]")  # such as expires_after[seconds]
-PLAIN_TYPES = frozenset({"str", "int", "float", "bool"})
+# What pydantic calls the members of a union that it tried: their types, or our tags, which have a blank in them.
+MEMBER = re.compile(r"str|int|float|bool|none|[A-Z].*|.*\[.*|.* .*|(constrained|nullable|function|union)-.*", re.DOTALL)
 EXPECTED_TAG = re.compile(r"'(?:\w+ )?(\w+)'")
 
 
@@ -54,9 +55,9 @@ class _Finding:
     def of(cls, one: Mapping[str, Any], within: Place) -> _Finding:
         kind, path = one["type"], _path((*within, *one["loc"]))
         if kind == "union_tag_invalid":
-            *_, tag = one["ctx"]["tag"].split()
             known = ", ".join(dict.fromkeys(EXPECTED_TAG.findall(one["ctx"]["expected_tags"])))
-            return cls(f"{path}.type".removeprefix("."), kind, f"must be one of {known}, not {tag!r}", False)
+            given = one["input"].get("type") if isinstance(one["input"], dict) else None
+            return cls(f"{path}.type".removeprefix("."), kind, f"must be one of {known}, not {_shown(given)}", False)
         is_other = kind.endswith("_type") or (kind == "literal_error" and not isinstance(one.get("input"), str))
         return cls(path, kind, one["msg"] + _value(one), is_other)
 
@@ -92,8 +93,13 @@ def _value(one: Mapping[str, Any]) -> str:
     value = one.get("input", ...)
     if one["type"] in SAY_THE_VALUE_THEMSELVES or not isinstance(value, str | int | float | None):
         return ""
-    text = json.dumps(value, ensure_ascii=False)
-    return f", not {text if len(text) <= MAX_VALUE_LETTERS else text[:MAX_VALUE_LETTERS] + '…'}"
+    return f", not {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON, cut where it is long, in letters that can be sent."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MAX_VALUE_LETTERS else f"{text[:MAX_VALUE_LETTERS]}…"
 
 
 def _path(place: Place) -> str:
@@ -103,5 +109,4 @@ def _path(place: Place) -> str:
 
 
 def _is_field(part: str) -> bool:
-    is_name = part.isidentifier() and part not in PLAIN_TYPES and not part[0].isupper()
-    return is_name or FORM_FIELD.fullmatch(part) is not None
+    return FORM_FIELD.fullmatch(part) is not None or MEMBER.fullmatch(part) is None

@@ -215,12 +215,12 @@ class RunStore:
 
         Raises:
             NotFoundError: there is none of that id.
-            ConflictError: it is finished already.
+            ConflictError: it is finished already; a failed one can be given up (cancel) still.
         """
         run = self.get(run_id)
         with self._database.write() as connection:
             row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().one()
-            if row["status"] in FINISHED:
+            if row["status"] in FINISHED and (row["status"], request) != ("failed", "cancel"):
                 raise ConflictError(f"Run {run_id} has already {row['status']}.")
             if row["status"] == "running":
                 connection.execute(sa.update(runs).where(runs.c.id == run_id).values(request=request))

@@ -21,13 +21,14 @@ T = TypeVar("T")
 class Amount:
     """How much there is to learn from: examples, their tokens with loss, and the tokens of the longest one of all.
 
-    ``liked`` counts those with thumbs up, where examples have thumbs.
+    ``liked`` and ``disliked`` are what examples with thumbs up and down weigh in all, where they have thumbs.
     """
 
     examples: int
     loss_tokens: int
     longest: int
-    liked: int = 0
+    liked: float = 0.0
+    disliked: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -220,15 +221,20 @@ def _learning_rate(config: TrainingConfig, shape: ModelShape, batch_size: int, r
 
 def _kto(config: TrainingConfig, amount: Amount, reasons: Reasons) -> KtoOptions:
     """Return the options with weights by which thumbs up and down count the same: the rarer kind's is above 1."""
+    given = config.kto
     if config.method != "kto":
-        return config.kto
-    liked, disliked = max(1, amount.liked), max(1, amount.examples - amount.liked)
-    reason = f"{amount.liked:,} of {amount.examples:,} examples have thumbs up, and both kinds are to count the same"
-    up, down = max(1.0, disliked / liked), max(1.0, liked / disliked)
-    return config.kto.model_copy(
+        return given
+    ratio = amount.disliked / amount.liked if amount.liked and amount.disliked else 1.0
+    up, down = max(1.0, ratio), max(1.0, 1 / ratio)
+    if given.undesirable_weight != AUTO:
+        up = given.undesirable_weight * ratio
+    if given.desirable_weight != AUTO:
+        down = given.desirable_weight / ratio
+    reason = f"thumbs up weigh {amount.liked:g} in all, thumbs down {amount.disliked:g}: both are to count the same"
+    return given.model_copy(
         update={
-            "desirable_weight": reasons.pick("weight of thumbs up", config.kto.desirable_weight, up, reason),
-            "undesirable_weight": reasons.pick("weight of thumbs down", config.kto.undesirable_weight, down, reason),
+            "desirable_weight": reasons.pick("weight of thumbs up", given.desirable_weight, up, reason),
+            "undesirable_weight": reasons.pick("weight of thumbs down", given.undesirable_weight, down, reason),
         }
     )
 

@@ -67,8 +67,8 @@ def plan_training(
             hint="add examples to the dataset, or leave fewer out",
         )
     sizes = _Sizes.of(material)
-    liked = _liked(units) if config.method == "kto" else 0
-    amount = Amount(len(units), sizes.loss_tokens, sizes.longest, liked)
+    thumbs = (_weight(units, liked=True), _weight(units, liked=False)) if config.method == "kto" else (0.0, 0.0)
+    amount = Amount(len(units), sizes.loss_tokens, sizes.longest, *thumbs)
     resolved, steps, reasons = resolve(config, amount, shape, machine, start)
     takes_rows = resolved.max_tokens <= shape.rows_up_to
     prefix = _prefix(units, material.validation) if takes_rows else 0
@@ -298,8 +298,9 @@ def _prefix(units: Sequence[Unit], validation: Sequence[Unit]) -> int:
     return min(shared_prefix(some) for some in (units, validation, both) if some)  # type: ignore[arg-type]
 
 
-def _liked(units: Sequence[Unit]) -> int:
-    return sum(unit.label == 1.0 for unit in units if isinstance(unit, TokenizedExample))
+def _weight(units: Sequence[Unit], *, liked: bool) -> float:
+    thumbs = (unit for unit in units if isinstance(unit, TokenizedExample))
+    return sum(unit.weight for unit in thumbs if (unit.label == 1.0) == liked)
 
 
 def _sides(unit: Unit) -> tuple[TokenizedExample, ...]:

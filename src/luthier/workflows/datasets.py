@@ -130,7 +130,7 @@ def delete_dataset(store: Store, name: str) -> None:
     Raises:
         NotFoundError: there is no such dataset.
         InputError: it is one version, not a name.
-        ConflictError: a tuned model was trained on it, or a run that is not finished names it.
+        ConflictError: a tuned model was trained on it, or a run that may go on names it.
     """
     _deletable(store, name)
     store.datasets.remove(name)
@@ -141,11 +141,12 @@ def _deletable(store: Store, name: str) -> list[DatasetVersion]:
     if not versions:
         store.datasets.get(name)  # says which one may be meant
         raise InputError(f"A dataset is deleted with all its versions, and {name!r} names one.")
+    # Runs first: one that ends in between has left a model.
+    runs = [run.id for run in store.runs.all(limit=None) if run.may_go_on and name in _named_by(run)]
     models = [model.name for model in store.models.all() if _name(model.dataset) == name]
-    runs = [run.id for run in store.runs.all(limit=None) if not run.is_finished and name in _named_by(run)]
     if models or runs:
         raise ConflictError(
-            f"The dataset {name!r} is needed: models were trained on it, or runs that are not finished name it.",
+            f"The dataset {name!r} is needed: models were trained on it, or runs that may go on name it.",
             problems=[*models, *runs],
             hint="luthier model delete MODEL, luthier run cancel RUN",
         )

@@ -208,17 +208,30 @@ def delete_model(store: Store, project: str, name: str) -> None:
 
     Raises:
         NotFoundError: the project has none of that name.
+        ConflictError: a run that may go on starts from its adapter.
     """
     if name in {alias.name for alias in store.models.aliases(project)}:
         store.models.remove_alias(project, name)
     elif is_checkpoint(name):
         remove_checkpoint(store, checkpoint_named(store, project, name))
     else:
-        model = store.models.remove(name, project=project)
+        model = store.models.get(name, project=project)
+        _refuse_if_needed(store, model)
+        store.models.remove(model.name, project=project)
         for permission in list(store.permissions.all(project, parent=model.name)):
             store.permissions.remove(project, permission.id)
         remove_checkpoints(store, project, model.run_id)
         shutil.rmtree(store.run_folder(model.run_id) / STATE_FOLDER, ignore_errors=True)
+
+
+def _refuse_if_needed(store: Store, model: TunedModel) -> None:
+    needing = [run.id for run in store.runs.all(limit=None) if run.may_go_on and run.config.get("base") == model.name]
+    if needing:
+        raise ConflictError(
+            f"Runs that may go on start from the adapter of {model.name}.",
+            problems=needing,
+            hint="luthier run cancel RUN",
+        )
 
 
 def served_folder(store: Store, name: str, *, project: str | None = None) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from luthier.errors import did_you_mean
 from luthier.records.grader import Written
 from luthier.serve.api_error import ApiError
 from luthier.serve.field_errors import Place, field_error
@@ -29,13 +29,19 @@ def read_written(kinds: Mapping[str, type[W]], written: Any, place: Place) -> W:
     if not isinstance(written, dict):
         raise refused(place, "must be an object")
     kind = written.get("type")
+    if kind is None:
+        raise refused((*place, "type"), f"is required, and one of {', '.join(kinds)}")
     if not isinstance(kind, str) or kind not in kinds:
-        known = did_you_mean(str(kind), kinds)
-        raise refused((*place, "type"), f"{kind!r} is not known here.{known}")
+        raise refused((*place, "type"), f"must be one of {', '.join(kinds)}, not {kind!r}{_meant(kind, kinds)}")
     try:
         return kinds[kind].model_validate(written)
     except ValidationError as error:
         raise field_error(error.errors(), place) from error
+
+
+def _meant(kind: Any, kinds: Iterable[str]) -> str:
+    close = get_close_matches(kind, kinds, n=1) if isinstance(kind, str) else []
+    return f". Did you mean {close[0]!r}?" if close else ""
 
 
 def refused(

@@ -301,7 +301,7 @@ INLINE void tile(const int rows, const int vectors, float *c, int64_t c_stride, 
 #endif
 
 /* c (m, n) = [c +] a (m, inner) b (inner, n); n is a multiple of LANES, inner of PAIR. Strides are of numbers in a and
- * of words in b. What a tile reads of b stays in the nearest cache for all rows. */
+ * of words in b; inner is above 0. What a tile reads of b stays in the nearest cache for all rows. */
 static void product(float *c, int64_t c_stride, const narrow *a, int64_t a_stride, const float *b, int64_t b_stride,
                     int64_t m, int64_t inner, int64_t columns, int add)
 {
