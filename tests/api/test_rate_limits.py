@@ -43,7 +43,13 @@ def test_a_key_gets_its_requests_and_then_has_to_wait_for_the_next() -> None:
         limiter.admit(caller(requests=3), 0)
     with pytest.raises(ApiError) as caught:
         limiter.admit(caller(requests=3), 0)
-    assert caught.value.headers == {"retry-after": "20", "retry-after-ms": "20000"}
+    assert caught.value.headers == {
+        "retry-after": "20",
+        "retry-after-ms": "20000",
+        "x-ratelimit-limit-requests": "3",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "1m0s",
+    }
     assert (caught.value.status, caught.value.code, caught.value.type) == (429, "rate_limit_exceeded", "requests")
     limiter.admit(caller("b", requests=3), 0)
     clock.moment += 20
