@@ -24,7 +24,7 @@ from luthier.store.store import Store
 from luthier.workflows.checkpoints import checkpoint_folder, keep_checkpoint
 from luthier.workflows.files import add_file, file_path
 from luthier.workflows.fine_tuning import job_object
-from luthier.workflows.fine_tuning_jobs import FIRST_LINES, create_job
+from luthier.workflows.fine_tuning_jobs import create_job
 from luthier.workflows.models import delete_model, served_folder
 from luthier.workflows.step_metrics import StepLog, add_result_file, read_steps
 from luthier.workflows.training import TrainRequest
@@ -142,14 +142,15 @@ def pairs(count: int = 12) -> list[dict[str, Any]]:
 
 
 def test_a_job_whose_rows_do_not_suit_its_method_fails_and_says_which_file(store: Store) -> None:
-    good, bad = upload(store, chats()), upload(store, [*chats(FIRST_LINES), *pairs()])
+    good, bad = upload(store, chats()), upload(store, pairs())
     for files, param in (((bad, None), "training_file"), ((good, bad), "validation_file")):
-        run = job(store, training_file=files[0], validation_file=files[1])
+        asked = TrainRequest(base="tiny-base", files=TrainingFiles(training=files[0], validation=files[1]))
+        run = submit(store, "train", asked)  # create_job looks at the first rows and would refuse it
         work(store, run.id)
         shown = job_object(store, store.runs.get(run.id))
         assert (shown["status"], shown["error"]["param"]) == ("failed", param)
         assert shown["error"]["code"] == f"invalid_{param}"
-        assert f"line {FIRST_LINES + 1}: is a pair of answers" in shown["error"]["message"]
+        assert "line 1: is a pair of answers" in shown["error"]["message"]
 
 
 def test_a_file_whose_first_rows_do_not_suit_the_method_makes_no_job(store: Store) -> None:
