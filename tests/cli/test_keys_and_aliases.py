@@ -10,12 +10,7 @@ from luthier.cli.main import app
 from luthier.errors import InputError, NotFoundError
 from luthier.store.store import Store
 from luthier.workflows.models import pull
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from tests.cli.command import run
 
 
 @pytest.fixture(autouse=True)

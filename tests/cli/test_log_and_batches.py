@@ -4,20 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from luthier.cli.main import app
 from luthier.errors import InputError
 from luthier.jobs.launch import submit
 from luthier.records.batch import BatchRequest
 from luthier.store.store import Store
 from luthier.workflows.completions import keep_completion
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from tests.cli.command import run
 
 
 @pytest.fixture

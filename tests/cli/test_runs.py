@@ -3,24 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from luthier.cli.main import app
 from luthier.errors import ConflictError
 from luthier.jobs.launch import submit
 from luthier.records.training import TrainingConfig
 from luthier.store.store import Store
 from luthier.workflows.material import TrainRequest
+from tests.cli.command import run
 
 ERROR = (
     "The data of [sayings@2] cannot be learned from: 60 of 60 examples have no label.\n  - example 0 has no 'intent'"
 )
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture

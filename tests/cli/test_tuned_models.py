@@ -21,17 +21,12 @@ from luthier.store.store import Store
 from luthier.workflows.checkpoints import keep_checkpoint
 from luthier.workflows.material import TrainRequest
 from luthier.workflows.models import pull
+from tests.cli.command import run
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "training.md"
 WORDS = ("order", "message")
 TRAIN = "train sayings -b tiny-encoder -m classification --mode full -o columns.label=label -o columns.text=text"
 FAST = "-o epochs=8 -o batch_size=8 -o learning_rate=1e-2 -o precision=float32"
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @dataclass(frozen=True)

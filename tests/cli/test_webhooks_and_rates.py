@@ -11,12 +11,7 @@ from luthier.errors import EngineError, InputError, NotFoundError
 from luthier.settings import load_settings
 from luthier.store.store import Store
 from tests.api.receiver import Receiver
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from tests.cli.command import run
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,6 @@ from luthier.workflows.models import decoder, model_named
 
 KINDS: tuple[RunKind, ...] = ("train",)
 LEAST_EXAMPLES = 2
-FIRST_LINES = 50
 ASKED = {"pause": "pause", "cancel": "stop for good"}
 
 
@@ -163,14 +162,14 @@ def _base(store: Store, project: str, name: str) -> str:
 
 
 def _check_file(store: Store, project: str, id: str, param: str, *, least: int, pairs: bool) -> None:
-    """Refuse a file that is not there, not meant for this, known to be wrong, or whose first lines do not fit.
+    """Refuse a file that is not there, not meant for this, known to be wrong, too short, or of another form.
 
-    Its worker looks at all lines.
+    The rows of a file that was found right on arrival have one form, so that the first ones tell.
     """
     file = file_for(store, project, id, "fine-tune", param)
     problem = file.status_details or "" if file.status == "error" else None
     if problem is None:
-        first = list(islice(read_training_rows(file_path(store, project, id), pairs=pairs), FIRST_LINES))
+        first = list(islice(read_training_rows(file_path(store, project, id), pairs=pairs), least))
         wrong = next((row for row in first if isinstance(row, BadRow)), None)
         if wrong is not None:
             problem = f"line {wrong.line}: {wrong.reason}"

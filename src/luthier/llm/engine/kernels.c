@@ -673,8 +673,8 @@ int attend_backward(number *dqkv, float *sums, const number *dout, const number 
 #define ADAPTED 24 /* tokens of a tile: a multiple of TILE_ROWS */
 #define COLUMNS (4 * LANES)
 
-/* Low-rank adapters of layers that read the same input. Part p has the outputs from ends[p - 1] up to ends[p], and in all
- * that is low-rank (T, R) the columns from p rank; its weights are down (rank, I) and up (outputs, rank), in float32. */
+/* Low-rank adapters of layers that read the same input. Part p has the outputs from ends[p - 1] up to ends[p], and in
+ * all that is low-rank (T, R) the columns from p rank; its weights are down (rank, I) and up (outputs, rank), float32. */
 INLINE const float *up_row(const float *const *up, const int64_t *ends, int64_t rank, int64_t output)
 {
     int64_t part = 0;

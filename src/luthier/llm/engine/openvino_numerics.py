@@ -27,7 +27,7 @@ def plugin_properties(precision: str, quantised: bool, threads: int) -> dict[str
     """Return the CPU plugin's properties.
 
     ``precision`` is "native" (the processor's own: bfloat16 where it has instructions for it), "float32", or "auto":
-    float32 where the weights are quantised or where that is no slower, else native. ``threads`` 0 lets the plugin
+    float32 where the weights are quantised or where it is about as fast, else native. ``threads`` 0 lets the plugin
     choose.
     """
     properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16"} | UNTOUCHED_WEIGHTS
