@@ -1,10 +1,11 @@
 """Serving beside others: `python benchmarks/serve.py [--clients N] [--repeats 5] [--json FILE] [--soak 10000]`.
 
 SmolLM2-135M as GGUF Q8_0, streamed answers of 32 to 96 tokens at temperature 0, prompts from vader_tweets and gsm8k.
-Three sides answer the same questions, each in a process of its own, and take turns: Luthier's server, openvino-genai's
-pipeline without any server (same file, same prompts as tokens; "bare" with our settings, "bare_plugin" with its own),
-and llama.cpp's server (the xllamacpp wheel). All have as many requests at once as there are clients; a question is
-asked once. Figures are medians over the repeats; the percentiles are those of all answers of all repeats.
+The sides answer the same questions, each in a process of its own, and take turns: Luthier's server, once as it is and
+once with what meets the weights rounded to 8 bits, as llama.cpp does ("luthier_int8"), openvino-genai's pipeline
+without any server (same file, same prompts as tokens; "bare" with our settings, "bare_plugin" with its own), and
+llama.cpp's server (the xllamacpp wheel). All have as many requests at once as there are clients; a question is asked
+once. Figures are medians over the repeats; the percentiles are those of all answers of all repeats.
 
 - tokens per second: all tokens of the answers by the time from the first request to the end of the last answer
 - first token: from sending a request to the first piece of its text, but for the first request of each client; those
@@ -33,7 +34,8 @@ from serving.sides import MODEL, Side, bare, llama_cpp, luthier
 CLIENTS = (1, 8, 32, 128)
 REQUESTS = {1: 6, 8: 48, 32: 128, 128: 256}  # of a turn
 REQUESTS_A_CLIENT = 4  # with another number of clients
-SIDES = ("luthier", "bare", "bare_plugin", "llama_cpp")
+SIDES = ("luthier", "luthier_int8", "bare", "bare_plugin", "llama_cpp")
+OURS = {"luthier": "vs", "luthier_int8": "int8_vs"}  # what their ratios are called
 WARM_REQUESTS, WARM_TOKENS = 8, (8, 8)
 SOAK_CLIENTS, SOAK_TOKENS, SOAK_SLICE = 8, (8, 8), 500
 SOAK_WARM_REQUESTS, SOAK_WARM_QUESTIONS = 300, 12  # long prompts, until the engine's cache is full
@@ -115,6 +117,7 @@ def _started(
 ) -> dict[str, Side]:
     start = {
         "luthier": lambda: luthier(model, home, folder),
+        "luthier_int8": lambda: luthier(model, home, folder, "int8"),
         "bare": lambda: bare(model, "ours", folder),
         "bare_plugin": lambda: bare(model, "plugin", folder),
         "llama_cpp": lambda: llama_cpp(model, max(clients, WARM_REQUESTS), folder),
@@ -195,13 +198,15 @@ def percentile(ordered: list[float], percent: float) -> float:
 
 def _ratios(figures: dict[str, Any]) -> dict[str, float | None]:
     """Return the median over the repeats of our rate by another's of the same repeat: the machine's moods cancel."""
-    ours = figures["luthier"]
-    others = {name: figures[name] for name in SIDES[1:]}
     return {
-        f"vs_{name}": statistics.median(a / b for a, b in zip(ours["repeats"], other["repeats"], strict=True))
-        if ours and other
+        f"{word}_{other}": statistics.median(
+            a / b for a, b in zip(figures[ours]["repeats"], figures[other]["repeats"], strict=True)
+        )
+        if figures[ours] and figures[other]
         else None
-        for name, other in others.items()
+        for ours, word in OURS.items()
+        for other in SIDES
+        if other not in OURS
     }
 
 
@@ -209,7 +214,7 @@ def _say(name: str, clients: int, turn: dict[str, Any]) -> None:
     cores = ", ".join(f"{process} {used:.2f}" for process, used in turn["cores"].items())
     first = percentile(sorted(turn["first"]), 50)
     print(
-        f"{clients:4} {name:11} {turn['tokens_per_second']:7.1f} tokens/s  first {first:.3f} s  "
+        f"{clients:4} {name:12} {turn['tokens_per_second']:7.1f} tokens/s  first {first:.3f} s  "
         f"{turn['tokens']} tokens after {turn['prompt_tokens']} in {turn['seconds']:.1f} s  cores: {cores}",
         flush=True,
     )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from luthier.records.base_model import EnginePrecision
 from luthier.records.example import Message
 from luthier.templates.chat_format import ChatFormat
 from luthier.workflows.serving import server_process
@@ -96,9 +97,10 @@ class Bare:
 
 
 @contextmanager
-def luthier(model: Path, home: Path, folder: Path) -> Iterator[Served]:
+def luthier(model: Path, home: Path, folder: Path, precision: EnginePrecision = "auto") -> Iterator[Served]:
     """Run our server."""
     before = set(psutil.Process().children())
+    os.environ["LUTHIER_ENGINE_PRECISION"] = precision  # for the process that is started
     with server_process(home, {MODEL: model}) as url:
         (started,) = set(psutil.Process().children()) - before
         yield Served(url, folder, started.pid)

@@ -12,6 +12,7 @@ import psutil
 from pydantic import Field, ValidationError, field_validator
 
 from luthier.errors import InputError
+from luthier.records.base_model import EnginePrecision
 from luthier.records.record import Record
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]?i?b?)", re.IGNORECASE)
@@ -25,9 +26,9 @@ class Settings(Record):
     maps patterns of model names that clients ask for (``gpt-4o-mini*``) to base models; the first that fits counts.
 
     ``engine`` runs the models that are served: "openvino", the address of a server that speaks OpenAI's API, or the
-    command that starts one (:mod:`luthier.llm.engine_servers`); ``engine_api_key`` is that server's. ``engine_memory``
-    is how many bytes of memory all engines here may hold, and ``max_loaded`` how many models may be loaded at once;
-    None leaves both to the pool of models.
+    command that starts one (:mod:`luthier.llm.engine_servers`); ``engine_api_key`` is that server's.
+    ``engine_precision`` is in which numbers engines here compute, ``engine_memory`` how many bytes of memory they may
+    hold in all, and ``max_loaded`` how many models may be loaded at once; None leaves both to the pool of models.
 
     ``requests_per_minute`` and ``tokens_per_minute`` bound every key that has no bounds of its own; None leaves it
     free.
@@ -41,6 +42,7 @@ class Settings(Record):
     organisation: str = Field("local", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     engine: str = "openvino"
     engine_api_key: str | None = None
+    engine_precision: EnginePrecision = "auto"
     engine_memory: int | None = Field(None, gt=0)
     max_loaded: int | None = Field(None, ge=1)
     requests_per_minute: int | None = Field(None, ge=1)
@@ -59,8 +61,8 @@ class Settings(Record):
 
 def load_settings() -> Settings:
     """Read ``LUTHIER_HOME``, ``LUTHIER_ORGANISATION``, ``LUTHIER_STAND_INS`` (``pattern=base,…``), ``LUTHIER_ENGINE``,
-    ``LUTHIER_ENGINE_API_KEY``, ``LUTHIER_ENGINE_MEMORY`` (such as ``12GiB`` or ``60%``), ``LUTHIER_MAX_LOADED``,
-    ``LUTHIER_REQUESTS_PER_MINUTE``, ``LUTHIER_TOKENS_PER_MINUTE``, ``LUTHIER_MAX_REQUESTS``,
+    ``LUTHIER_ENGINE_API_KEY``, ``LUTHIER_ENGINE_PRECISION``, ``LUTHIER_ENGINE_MEMORY`` (such as ``12GiB`` or ``60%``),
+    ``LUTHIER_MAX_LOADED``, ``LUTHIER_REQUESTS_PER_MINUTE``, ``LUTHIER_TOKENS_PER_MINUTE``, ``LUTHIER_MAX_REQUESTS``,
     ``LUTHIER_REQUEST_SECONDS`` and ``LUTHIER_WEBHOOK_TARGETS``.
 
     Raises:
@@ -73,6 +75,7 @@ def load_settings() -> Settings:
         "stand_ins": _pairs(os.environ.get("LUTHIER_STAND_INS", "")),
         "engine": os.environ.get("LUTHIER_ENGINE"),
         "engine_api_key": os.environ.get("LUTHIER_ENGINE_API_KEY"),
+        "engine_precision": os.environ.get("LUTHIER_ENGINE_PRECISION"),
         "engine_memory": _bytes(os.environ.get("LUTHIER_ENGINE_MEMORY", "")),
         "max_loaded": os.environ.get("LUTHIER_MAX_LOADED"),
         "requests_per_minute": os.environ.get("LUTHIER_REQUESTS_PER_MINUTE"),

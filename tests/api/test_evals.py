@@ -358,11 +358,35 @@ def test_an_item_whose_question_fails_is_an_error(live: Live) -> None:
     assert "context" in found[0].sample.error.message
 
 
-def test_a_run_of_a_model_that_does_not_exist_fails(live: Live) -> None:
+def test_a_run_of_a_model_that_cannot_be_asked_is_refused(live: Live) -> None:
     client = live.client()
-    run, _ = done(client, made(client), asking(items("one"), model="nobody"))
-    assert run.status == "failed"
-    assert "'nobody'" in run.error.message
+    with pytest.raises(openai.NotFoundError, match="'nobody'") as caught:
+        client.evals.runs.create(made(client), data_source=asking(items("one"), model="nobody"))
+    assert (caught.value.param, caught.value.code) == ("data_source.model", "model_not_found")
+    with pytest.raises(openai.BadRequestError, match="tiny-encoder") as wrong:
+        client.evals.runs.create(made(client), data_source=asking(items("one"), model="tiny-encoder"))
+    assert wrong.value.param == "data_source.model"
+
+
+def test_a_run_whose_model_went_before_its_turn_fails(tmp_path: Path, tiny_base: Path) -> None:
+    waiting = Live(tmp_path / "home")
+    try:
+        pull(waiting.store, str(tiny_base))
+        waiting.store.models.set_alias("default", "one@now", "tiny-base")
+        client = waiting.client()
+        eval_id = made(client)
+        run = client.evals.runs.create(eval_id, data_source=asking(items("one"), model="one@now"))
+        client.models.delete("one@now")
+    finally:
+        waiting.close()
+    live = Live(tmp_path / "home", processes=1)
+    try:
+        run = ended(live.client(), eval_id, run.id)
+        assert run.status == "failed"
+        assert run.error is not None
+        assert "'one@now'" in run.error.message
+    finally:
+        live.close()
 
 
 @pytest.mark.parametrize(

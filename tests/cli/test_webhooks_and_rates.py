@@ -77,7 +77,9 @@ def test_a_key_has_its_own_bounds(home: Path) -> None:
 def test_bounds_and_targets_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_REQUESTS_PER_MINUTE", "600")
     monkeypatch.setenv("LUTHIER_WEBHOOK_TARGETS", "public")
+    monkeypatch.setenv("LUTHIER_ENGINE_PRECISION", "int8")
     settings = load_settings()
+    assert settings.engine_precision == "int8"
     assert (settings.requests_per_minute, settings.tokens_per_minute) == (600, None)
     assert settings.webhook_targets == "public"
 

@@ -11,14 +11,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
 
+from luthier.compress.engine.gguf import write_gguf
 from luthier.errors import EngineError, NotFoundError
 from luthier.llm.engine_interface import TokenDelta
 from luthier.llm.engine_process import WORKER_MODULE, EngineOptions, EngineProcess
+from luthier.records.base_model import EnginePrecision
 from luthier.records.completion import Constraint, Sampling
 from luthier.templates.chat_format import ChatFormat
 
@@ -271,6 +273,35 @@ def test_a_broken_model_is_an_error_with_the_engines_own_words(served_tiny_model
 def test_a_folder_without_weights_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"model\.gguf"):
         asyncio.run(EngineProcess.start(tmp_path))
+
+
+def test_what_meets_weights_of_integers_is_rounded_only_where_that_is_asked_for(
+    tiny_base: Path, served_tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(served_tiny_model, tmp_path / "eight"))
+    write_gguf(tiny_base, folder / "new.gguf", "q8_0", name="tiny")
+    (folder / "new.gguf").replace(folder / "model.gguf")
+    auto, float32, _, int8 = (
+        asyncio.run(_logprobs(folder, EngineOptions(precision=precision))) for precision in get_args(EnginePrecision)
+    )
+    assert auto == float32
+    assert int8 != float32
+    assert int8 == pytest.approx(float32, abs=0.2)
+
+
+async def _logprobs(folder: Path, options: EngineOptions) -> list[float]:
+    engine = await EngineProcess.start(folder, options)
+    try:
+        sampling = Sampling(max_tokens=1)
+        texts = ("hello", "how are you", "one two three four five six")
+        return [
+            logprob
+            for text in texts
+            async for delta in engine.generate(prompt(folder, text), sampling, ())
+            for logprob in delta.logprobs
+        ]
+    finally:
+        await engine.close()
 
 
 def test_an_engine_that_is_not_ready_in_time_is_killed(served_tiny_model: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from luthier.errors import NotFoundError
 from luthier.llm.engine_interface import TokenDelta
 from luthier.llm.worker_process import READY_DEADLINE_SECONDS, WorkerProcess
+from luthier.records.base_model import EnginePrecision
 from luthier.records.completion import Sampling
 
 WORKER_MODULE = "luthier.llm.engine.openvino_worker"
@@ -24,13 +25,12 @@ class EngineOptions:
     """How to run an engine.
 
     ``cache_gigabytes`` bounds the key-value cache. ``threads`` 0 lets the engine choose. ``precision`` is that of the
-    arithmetic: "native" is the processor's own (bfloat16 where it has it), "auto" is native only where the weights
-    are not quantised and a short measurement shows that it is faster, else float32.
+    arithmetic.
     """
 
     cache_gigabytes: int = 2
     threads: int = 0
-    precision: Literal["auto", "native", "float32"] = "auto"
+    precision: EnginePrecision = "auto"
 
     @property
     def arguments(self) -> list[str]:

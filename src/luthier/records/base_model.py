@@ -59,6 +59,15 @@ class BaseModelInfo(Record):
 FAST_BFLOAT16 = 0.8  # of float32's rate: half of its memory makes up for the rest
 
 
+EnginePrecision = Literal["auto", "float32", "native", "int8"]
+"""In which numbers an engine of this machine computes.
+
+"float32" is exact; "native" is the processor's own (bfloat16 where it has instructions for it). "auto" is float32 where
+the weights are quantised or where a short measurement shows that it is about as fast, else native. "int8" rounds what
+meets quantised weights to 8 bits, as llama.cpp does, and is as "auto" for other weights: faster, and less faithful.
+"""
+
+
 class Machine(Record):
     """What the machine has, as far as plans and choices depend on it. Rates are measured, in FLOP per second.
 

@@ -155,6 +155,15 @@ class ModelPool:
         """Return the models that a project may list."""
         return self._names(project)
 
+    def check(self, name: str, project: str = DEFAULT_PROJECT) -> None:
+        """Raise what :meth:`lease` would, where a project has no model of that name that writes.
+
+        Raises:
+            NotFoundError: no such model.
+            InputError: the model does not write.
+        """
+        self._resolve(project, name)
+
     @property
     def loaded(self) -> list[LoadedModel]:
         """The models that write and are running now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,24 @@ STATUSES: dict[RunStatus, EvalRunStatus] = {
 
 
 def create_run(
-    store: Store, project: str, eval_id: str, name: str | None, data_source: Json, metadata: Metadata | None
+    store: Store,
+    project: str,
+    eval_id: str,
+    name: str | None,
+    data_source: Json,
+    metadata: Metadata | None,
+    check_model: Callable[[str], None],
 ) -> EvalRun:
-    """Put a run of an eval into the queue.
+    """Put a run of an eval into the queue. ``check_model`` raises where the project can ask no model of a name.
 
     Raises:
         NotFoundError: the project has no such eval.
-        ApiError: 404 where its file is not there, 400 where a field breaks its rule; each names the field.
+        ApiError: 404 where its file or its model is not there, 400 where a field breaks its rule; each names the field.
     """
     eval = store.evals.evals.get(project, eval_id)
     source = _checked(store, project, eval, data_source)
+    if source.model is not None:
+        _check_model(check_model, source.model)
     data = data_of(eval)
     id = new_id("evalrun_")
     plan = RunPlan(
@@ -284,6 +292,15 @@ def _checked(store: Store, project: str, eval: Eval, data_source: Json) -> RunSo
     if isinstance(rows, FileContent):
         _check_rows(eval, rows)
     return source
+
+
+def _check_model(check: Callable[[str], None], name: str) -> None:
+    try:
+        check(name)
+    except NotFoundError as error:
+        raise refused((*PLACE, "model"), str(error), status=404, code="model_not_found") from error
+    except InputError as error:
+        raise refused((*PLACE, "model"), str(error)) from error
 
 
 def _check_file(store: Store, project: str, source: FileId) -> None:

@@ -90,6 +90,7 @@ def model_pool(
         start=start,
         max_loaded=(settings and settings.max_loaded) or usual,
         memory_bytes=settings.engine_memory if settings else None,
+        options=EngineOptions(precision=settings.engine_precision) if settings else None,
         limits=RequestLimits(settings.max_requests, settings.request_seconds) if settings else None,
     )
 

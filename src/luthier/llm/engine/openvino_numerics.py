@@ -20,20 +20,21 @@ PROBE_ROWS = 32  # answers at once: a lone answer waits for memory, and narrow n
 PROBE_WIDTH = 512
 PROBE_RUNS = 30
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
-UNTOUCHED_WEIGHTS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+ROUNDED_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # values that are rounded to 8 bits together; none with 0
+UNTOUCHED = {ROUNDED_GROUP: "0"}
+ROUNDED = {ROUNDED_GROUP: "32"}  # as llama.cpp does
 
 
 def plugin_properties(precision: str, quantised: bool, threads: int) -> dict[str, Any]:
     """Return the CPU plugin's properties.
 
-    ``precision`` is "native" (the processor's own: bfloat16 where it has instructions for it), "float32", or "auto":
-    float32 where the weights are quantised or where it is about as fast, else native. ``threads`` 0 lets the plugin
-    choose.
+    ``precision`` is one of :data:`luthier.records.base_model.EnginePrecision`. ``threads`` 0 lets the plugin choose.
     """
-    properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16"} | UNTOUCHED_WEIGHTS
+    properties: dict[str, Any] = {"KV_CACHE_PRECISION": "f16"} | (ROUNDED if precision == "int8" else UNTOUCHED)
     if threads:
         properties["INFERENCE_NUM_THREADS"] = threads
-    if precision == "float32" or (precision == "auto" and (quantised or not native_is_faster())):
+    wants_exact = precision == "float32" or (precision == "auto" and quantised)
+    if wants_exact or (precision != "native" and not native_is_faster()):
         properties |= EXACT
     return properties
 
@@ -75,5 +76,5 @@ def _product(properties: dict[str, str]) -> Any:
     weights = operations.constant(np.ones((PROBE_WIDTH, PROBE_WIDTH), dtype=np.float16))
     found = operations.matmul(rows, operations.convert(weights, "f32"), False, True)
     model = openvino.Model([found], [rows])
-    alone = UNTOUCHED_WEIGHTS | {"INFERENCE_NUM_THREADS": "1"}  # so that some runs find a processor free
+    alone = UNTOUCHED | {"INFERENCE_NUM_THREADS": "1"}  # so that some runs find a processor free
     return openvino.Core().compile_model(model, "CPU", alone | properties).create_infer_request()

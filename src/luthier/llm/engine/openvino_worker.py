@@ -17,10 +17,11 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from luthier.llm.engine.grammar_memory import USUAL_BYTES, GrammarMemory
 from luthier.llm.engine.openvino_numerics import is_quantised, plugin_properties
 from luthier.llm.engine.prefix_gate import PrefixGate, prefix_blocks
 from luthier.llm.engine.worker_socket import WorkerSocket, worker_arguments
+from luthier.records.base_model import EnginePrecision
 
 TELEMETRY_MODULE = "openvino_telemetry"
 MAX_BATCHED_TOKENS = 256
@@ -62,8 +64,11 @@ def forbid_telemetry() -> None:
 
 
 def open_pipeline(path: Path, cache_gigabytes: int, precision: str, threads: int) -> tuple[Any, dict[str, Any]]:
-    """Load a GGUF file; return the pipeline and its properties. Weights that are integers are expanded first."""
-    with expanded(path) as readable:
+    """Load a GGUF file; return the pipeline and its properties.
+
+    Weights that are integers are expanded first, unless they are to meet other integers.
+    """
+    with nullcontext(path) if precision == "int8" else expanded(path) as readable:
         properties = plugin_properties(precision, is_quantised(readable), threads)
         return load_pipeline(readable, cache_gigabytes, properties), properties
 
@@ -277,7 +282,7 @@ def _arguments() -> argparse.Namespace:
     parser = worker_arguments(__doc__)
     parser.add_argument("--cache-gigabytes", type=int, default=2)
     parser.add_argument("--grammar-bytes", type=int)
-    parser.add_argument("--precision", choices=("auto", "native", "float32"), default="auto")
+    parser.add_argument("--precision", choices=get_args(EnginePrecision), default="auto")
     return parser.parse_args()
 
 
