@@ -1,5 +1,8 @@
 """Training beside TRL: `python benchmarks/train.py --workload A|B|C|dpo [--steps N] [--repeats 3] [--json FILE]`.
 
+On a GPU: `--workload llama-2048|llama-8192`, a Llama of 8 billion random parameters and full rows of so many tokens;
+TRL's best needs the package liger-kernel there. `--size tiny` tries the same way on any machine.
+
 Three sides train on the same tokens, loss masks, order, batches and hyperparameters: ours, TRL as it is by default,
 and TRL with the best of its options (`--tune` times them). Every measured run is a process of its own; the sides take
 turns; figures are medians over the repeats, each with its own seed for all sides.
@@ -26,7 +29,7 @@ from typing import Any
 # Nothing heavy is imported here: a child's peak memory starts from that of its parent.
 HERE = Path(__file__).parent
 SIDES = ("ours", "trl_default", "trl_best")
-STEPS = {"A": 20, "B": 16, "C": 10, "dpo": 16}
+STEPS = {"A": 20, "B": 16, "C": 10, "dpo": 16, "llama-2048": 8, "llama-8192": 8}
 WARM_STEPS = 2
 FIGURES = (
     "tokens_per_second",
@@ -42,7 +45,7 @@ def main() -> None:
     options = _options()
     steps = options.steps or STEPS[options.workload]
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(options.workload, steps, options.home, Path(temporary))
+        bench = Bench(options.workload, steps, options.size, options.home, Path(temporary))
         machine = bench.prepare()
         if options.tune:
             _tune(bench, options.only)
@@ -65,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workload", choices=list(STEPS), required=True)
     parser.add_argument("--steps", type=int, help=f"optimizer steps, {WARM_STEPS} of them not timed")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--size", choices=("8b", "tiny"), default="8b", help="of a random Llama")
     parser.add_argument("--home", type=Path, help="a home that has the base model")
     parser.add_argument("--only", type=lambda text: text.split(","), help=f"of {', '.join(SIDES)}; or candidates")
     parser.add_argument("--tune", action="store_true", help="time ways to set TRL up, and print them")
@@ -80,9 +84,10 @@ def _options() -> argparse.Namespace:
 class Bench:
     """Starts the child processes of one workload."""
 
-    def __init__(self, workload: str, steps: int, home: Path | None, folder: Path) -> None:
+    def __init__(self, workload: str, steps: int, size: str, home: Path | None, folder: Path) -> None:
         self.workload = workload
         self.steps = steps
+        self.size = size
         self.home = home or folder / "home"
         self.folder = folder
         self.prepared = folder / "prepared.json"
@@ -91,7 +96,8 @@ class Bench:
 
     def prepare(self) -> dict[str, Any]:
         """Write the workload's tokens; return what the machine is."""
-        spec = {"job": "prepare", "workload": self.workload, "home": str(self.home.resolve()), "steps": self.steps}
+        what = {"workload": self.workload, "size": self.size, "steps": self.steps}
+        spec = {"job": "prepare", "home": str(self.home.resolve()), **what}
         machine = self._child(spec)
         self.matmul_flops = machine["matmul_flops"]
         return machine

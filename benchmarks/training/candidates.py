@@ -3,7 +3,8 @@
 A name is `<layout>-<size>[+variant…]`. `padded-N` and `free-N` put N examples into a forward pass, with padding or laid
 end to end; `packed-N` packs rows of N tokens. Variants: `sorted` (by length within a step), `eager` (attention),
 `compile`, `precompute` (of the reference), `other_precision` (than the machine is said to be fast in), `compact` (no
-option of TRL: as it does on a GPU, the vocabulary only where there is loss).
+option of TRL: as it does on a GPU, the vocabulary only where there is loss), `liger` (its kernels, on a GPU),
+`recompute` (activations).
 """
 
 # fmt: off
@@ -16,8 +17,11 @@ CANDIDATES = {
     "C": ["padded-1", "padded-2", "padded-4", "free-4", "packed-1024", "padded-1+other_precision"],
     "dpo": ["padded-1", "padded-2+sorted", "padded-4", "padded-1+precompute", "padded-1+other_precision",
             "padded-1+compact"],
+    "llama-2048": ["padded-1+liger", "padded-2+liger", "padded-4+liger", "padded-8+liger", "padded-4+recompute+liger"],
+    "llama-8192": ["padded-1+liger", "padded-2+liger", "padded-2+recompute+liger"],
 }
 # fmt: on
 # Timed on two machines of two cores, with and without fast bfloat16 (docs/measurements.md): small forward passes win,
 # since on a CPU TRL 1.16 multiplies the vocabulary at every position, padding or not, and holds all the results.
 BEST = {"A": "padded-4+sorted", "B": "padded-1", "C": "padded-1", "dpo": "padded-1"}
+BEST |= {"llama-2048": "padded-2+liger", "llama-8192": "padded-1+liger"}  # not timed yet: no GPU was at hand

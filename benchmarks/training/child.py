@@ -26,7 +26,7 @@ def _prepare(spec: dict[str, Any]) -> dict[str, Any]:
     from luthier.llm.engine.torch_model import measure_machine
     from training.workloads import prepare
 
-    prepare(spec["workload"], Path(spec["home"]), spec["steps"], Path(spec["prepared"]))
+    prepare(spec["workload"], Path(spec["home"]), spec["steps"], spec["size"], Path(spec["prepared"]))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
     return {**measure_machine().model_dump(mode="json"), "threads": torch.get_num_threads(), "versions": versions}
 

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from luthier.llm.engine.torch_model import device, has_fast_bfloat16
 from training.candidates import BEST
 from training.ours import ALPHA, BETA, GRADIENT_NORM, LEARNING_RATE, RANK, visits
-from training.workloads import sequences
+from training.workloads import RANDOM, sequences
 
 # fmt: off
 REPORTED = (
@@ -83,6 +83,8 @@ def run(prepared: dict[str, Any], steps: int, seed: int, folder: Path, name: str
             examples = _sorted_within_steps(examples, prepared["batch"])
         if "compact" in candidate.variants:
             trl.trainer.utils._use_triton = lambda _: True
+    if prepared["workload"].startswith(RANDOM):
+        options["max_length"] = None  # these rows are longer than the 1,024 tokens at which TRL cuts by default
     clock = _Clock()
     trainer = _trainer(prepared, examples, options, seed, folder, clock)
     seen = _check(trainer, examples, prepared)
@@ -107,10 +109,12 @@ def _options(candidate: Candidate, prepared: dict[str, Any], examples: list[Any]
     attention = "eager" if "eager" in candidate.variants else "sdpa"
     options: dict[str, Any] = {
         "bf16": fast,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "recompute" in candidate.variants,
         "torch_compile": "compile" in candidate.variants,
         "model_init_kwargs": {"dtype": "bfloat16" if fast else "float32", "attn_implementation": attention},
     }
+    if "liger" in candidate.variants and torch.cuda.is_available():
+        options["use_liger_kernel"] = True
     if prepared["workload"] == "dpo":
         options["precompute_ref_log_probs"] = "precompute" in candidate.variants
     if candidate.layout == "packed":

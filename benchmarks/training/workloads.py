@@ -1,4 +1,4 @@
-"""The four workloads as tokens: made once, then read by every side, so that all train on the same ones.
+"""The workloads as tokens: made once, then read by every side, so that all train on the same ones.
 
 A prepared workload is one JSON file. Its examples are `{"tokens", "mask"}`, or `{"prompt", "chosen", "rejected"}`
 (tokens each) where it is about preferences.
@@ -20,6 +20,7 @@ from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.renderer import RenderPolicy, tokenize
 from luthier.workflows.models import pull
+from training import random_llama
 
 BASE = "smollm2-135m"
 DATA = Path(__file__).parent.parent / "data"
@@ -27,7 +28,7 @@ TWEETS = Path(luthier.__file__).parent / "demo_data" / "tweets.csv"
 SENTIMENT = "Classify the sentiment of the tweet as negative, neutral or positive. Answer with one word."
 MAX_TOKENS = 1024  # TRL's default max_length, so that its defaults cut nothing
 SHORTEST_PIECE = 64
-HELD_OUT_TWEETS, HELD_OUT_PIECES = 60, 8
+HELD_OUT_TWEETS, HELD_OUT_PIECES, HELD_OUT_ROWS = 60, 8, 4
 
 Tokens = dict[str, list[int]]
 
@@ -45,33 +46,43 @@ WORKLOADS = {
     "B": Workload("questions with long answers, no prefix in common", batch=8),
     "C": Workload("raw documents, loss on every token", batch=4),
     "dpo": Workload("preference pairs, beta 0.1", batch=4),
+    "llama-2048": Workload("a random Llama, rows of 2,048 tokens", batch=8),
+    "llama-8192": Workload("a random Llama, rows of 8,192 tokens", batch=2),
 }
+RANDOM = "llama-"
 
 
-def prepare(name: str, home: Path, steps: int, destination: Path) -> None:
-    """Tokenize a workload and write it; the base model is pulled into ``home`` where it is not there.
+def prepare(name: str, home: Path, steps: int, size: str, destination: Path) -> None:
+    """Tokenize a workload and write it; the base model is made or pulled in ``home`` where it is not there.
 
-    Of pairs only those of the first ``steps`` steps are kept, since the reference model is asked for all.
+    Of pairs only those of the first ``steps`` steps are kept, since the reference model is asked for all. ``size`` is
+    that of a random Llama.
     """
+    workload = WORKLOADS[name]
+    base, train, held_out = _random(name, home, steps, size) if name.startswith(RANDOM) else _real(name, home)
+    if name == "dpo":
+        train = train[: steps * workload.batch]
+    prepared = {"workload": name, "title": workload.title, "batch": workload.batch, **base}
+    destination.write_text(json.dumps({**prepared, "train": train, "held_out": held_out}))
+
+
+def _real(name: str, home: Path) -> tuple[dict[str, Any], list[Tokens], list[Tokens]]:
     store = Store(home)
     base = pull(store, BASE)
     folder = store.models.base_folder(base)
     chat = ChatFormat.load(folder)
     train, held_out = {"A": _tweets, "B": _problems, "C": _opinions, "dpo": _preferences}[name](chat)
     assert all(len(tokens) <= MAX_TOKENS for example in train for tokens in sequences(example))
-    if name == "dpo":
-        train = train[: steps * WORKLOADS[name].batch]
-    prepared = {
-        "workload": name,
-        "title": WORKLOADS[name].title,
-        "batch": WORKLOADS[name].batch,
-        "base_folder": str(folder),
-        "base_name": base.id,
-        "parameters": base.parameters,
-        "train": train,
-        "held_out": held_out,
-    }
-    destination.write_text(json.dumps(prepared))
+    return {"base_folder": str(folder), "base_name": base.id, "parameters": base.parameters}, train, held_out
+
+
+def _random(name: str, home: Path, steps: int, size: str) -> tuple[dict[str, Any], list[Tokens], list[Tokens]]:
+    folder, count = home / f"random-llama-{size}", steps * WORKLOADS[name].batch
+    parameters = random_llama.write_base(folder, size)
+    rows = random_llama.texts(size, count + HELD_OUT_ROWS, int(name.removeprefix(RANDOM)))
+    examples = [{"tokens": tokens, "mask": [1] * len(tokens)} for tokens in rows]
+    base = {"base_folder": str(folder), "base_name": folder.name, "parameters": parameters}
+    return base, examples[:count], examples[count:]
 
 
 def sequences(example: Tokens) -> list[list[int]]:

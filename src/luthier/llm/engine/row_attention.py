@@ -3,7 +3,7 @@
 Each block of a row (:mod:`luthier.llm.engine.row_layout`) is a few batched matrix products. Long sequences go in pieces
 of :data:`PIECE` queries, each against the keys before its end: half of the square is never computed, and no more than
 one piece's scores are held. The backward pass makes the scores again (Dao et al. 2022, arXiv 2205.14135, section 3.1),
-so memory grows with the tokens, not with their square.
+so memory grows with the tokens, not with their square. On a GPU torch has a kernel for all of it.
 
 Names end in their dimensions: T tokens of the row, N sequences of a block, L the longest of them, Q queries of a
 piece, S keys that it sees (prefix first), H query heads, K key heads, G = H / K, D head width, C = H + 2 K.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from luthier.errors import InputError
@@ -47,13 +48,9 @@ def attend(qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout) -> torch.Tens
     ``qkv_TCD`` holds the query heads, then the key heads, then the value heads of each token.
     """
     out_THD = torch.empty_like(qkv_TCD[:, : heads.query])
+    see = _see_fused if has_fused(qkv_TCD.device) else _see_in_pieces
     for block in layout.blocks:
-        query_BGLD, key_BSD, value_BSD = _gather(qkv_TCD, heads, block)
-        attended_BGLD = torch.empty_like(query_BGLD)
-        for piece in _pieces(block):
-            weights_BGQS = _weights(query_BGLD, key_BSD, piece, heads)
-            attended_BGLD[:, :, piece.queries] = _grouped_bmm(weights_BGQS, value_BSD[:, : piece.keys])
-        _scatter(out_THD, attended_BGLD, heads, block)
+        _scatter(out_THD, see(*_gather(qkv_TCD, heads, block), block, heads), heads, block)
     return out_THD
 
 
@@ -66,25 +63,87 @@ def attend_backward(
 ) -> torch.Tensor:
     """Return the gradient of ``qkv_TCD`` from that of the output."""
     dqkv_TCD = torch.zeros_like(qkv_TCD)
-    delta_TH1 = (dout_THD * out_THD).sum(-1, keepdim=True)
+    see_backward = _see_fused_backward if has_fused(qkv_TCD.device) else _see_in_pieces_backward
     for block in layout.blocks:
-        query_BGLD, key_BSD, value_BSD = _gather(qkv_TCD, heads, block)
         # What stands for padding in the batch is a real token elsewhere: it must give no gradient here.
         dattended_BGLD = _gather_heads(dout_THD, heads, block, zero_padding=True)
-        delta_BGL1 = _gather_heads(delta_TH1, heads, block, zero_padding=True)
-        dquery_BGLD = torch.empty_like(query_BGLD)
-        dkey_BSD, dvalue_BSD = torch.zeros_like(key_BSD), torch.zeros_like(value_BSD)
-        for piece in _pieces(block):
-            weights_BGQS = _weights(query_BGLD, key_BSD, piece, heads)
-            dattended_BGQD = dattended_BGLD[:, :, piece.queries]
-            _accumulate(dvalue_BSD[:, : piece.keys], weights_BGQS, dattended_BGQD)
-            dweights_BGQS = _grouped_bmm(dattended_BGQD, value_BSD[:, : piece.keys].transpose(1, 2))
-            dscores_BGQS = dweights_BGQS.sub_(delta_BGL1[:, :, piece.queries]).mul_(weights_BGQS)
-            dquery_BGLD[:, :, piece.queries] = _grouped_bmm(dscores_BGQS, key_BSD[:, : piece.keys]).mul_(heads.scale)
-            _accumulate(dkey_BSD[:, : piece.keys], dscores_BGQS, query_BGLD[:, :, piece.queries], heads.scale)
+        attended_BGLD = _gather_heads(out_THD, heads, block)
+        gathered = _gather(qkv_TCD, heads, block)
+        dquery_BGLD, dkey_BSD, dvalue_BSD = see_backward(dattended_BGLD, attended_BGLD, *gathered, block, heads)
         _scatter(dqkv_TCD[:, : heads.query], dquery_BGLD, heads, block)
         _scatter_keys(dqkv_TCD, dkey_BSD, dvalue_BSD, heads, block)
     return dqkv_TCD
+
+
+def has_fused(device: torch.device) -> bool:
+    """Return whether torch's own fused attention is fast there, forward and backward; on a processor it is not."""
+    return device.type == "cuda"
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _see_in_pieces(
+    query_BGLD: torch.Tensor, key_BSD: torch.Tensor, value_BSD: torch.Tensor, block: Block, heads: Heads
+) -> torch.Tensor:
+    attended_BGLD = torch.empty_like(query_BGLD)
+    for piece in _pieces(block):
+        weights_BGQS = _weights(query_BGLD, key_BSD, piece, heads)
+        attended_BGLD[:, :, piece.queries] = _grouped_bmm(weights_BGQS, value_BSD[:, : piece.keys])
+    return attended_BGLD
+
+
+def _see_in_pieces_backward(
+    dattended_BGLD: torch.Tensor,
+    attended_BGLD: torch.Tensor,
+    query_BGLD: torch.Tensor,
+    key_BSD: torch.Tensor,
+    value_BSD: torch.Tensor,
+    block: Block,
+    heads: Heads,
+) -> Gradients:
+    delta_BGL1 = (dattended_BGLD * attended_BGLD).sum(-1, keepdim=True)
+    dquery_BGLD = torch.empty_like(query_BGLD)
+    dkey_BSD, dvalue_BSD = torch.zeros_like(key_BSD), torch.zeros_like(value_BSD)
+    for piece in _pieces(block):
+        weights_BGQS = _weights(query_BGLD, key_BSD, piece, heads)
+        dattended_BGQD = dattended_BGLD[:, :, piece.queries]
+        _accumulate(dvalue_BSD[:, : piece.keys], weights_BGQS, dattended_BGQD)
+        dweights_BGQS = _grouped_bmm(dattended_BGQD, value_BSD[:, : piece.keys].transpose(1, 2))
+        dscores_BGQS = dweights_BGQS.sub_(delta_BGL1[:, :, piece.queries]).mul_(weights_BGQS)
+        dquery_BGLD[:, :, piece.queries] = _grouped_bmm(dscores_BGQS, key_BSD[:, : piece.keys]).mul_(heads.scale)
+        _accumulate(dkey_BSD[:, : piece.keys], dscores_BGQS, query_BGLD[:, :, piece.queries], heads.scale)
+    return dquery_BGLD, dkey_BSD, dvalue_BSD
+
+
+def _see_fused(
+    query_BGLD: torch.Tensor, key_BSD: torch.Tensor, value_BSD: torch.Tensor, block: Block, heads: Heads
+) -> torch.Tensor:
+    """See as :func:`_see_in_pieces`, by the one kernel that torch has for it."""
+    groups, length = query_BGLD.shape[1:3]
+    # Not all of torch's kernels take fewer key heads than query heads; all take a view of one as many.
+    key_BGSD, value_BGSD = (part[:, None].expand(-1, groups, -1, -1) for part in (key_BSD, value_BSD))
+    causal: Any = causal_lower_right(length, block.prefix_length + length)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query_BGLD, key_BGSD, value_BGSD, attn_mask=causal, scale=heads.scale
+    )
+
+
+def _see_fused_backward(
+    dattended_BGLD: torch.Tensor,
+    _: torch.Tensor,
+    query_BGLD: torch.Tensor,
+    key_BSD: torch.Tensor,
+    value_BSD: torch.Tensor,
+    block: Block,
+    heads: Heads,
+) -> Gradients:
+    """Make the way forward again: what its kernel keeps has another form in every kernel."""
+    inputs = [part.detach().requires_grad_() for part in (query_BGLD, key_BSD, value_BSD)]
+    with torch.enable_grad():
+        attended_BGLD = _see_fused(inputs[0], inputs[1], inputs[2], block, heads)
+    dquery_BGLD, dkey_BSD, dvalue_BSD = torch.autograd.grad(attended_BGLD, inputs, dattended_BGLD)
+    return dquery_BGLD, dkey_BSD, dvalue_BSD
 
 
 @dataclass(frozen=True)
@@ -160,7 +219,7 @@ def _gather_heads(values_THD: torch.Tensor, heads: Heads, block: Block, *, zero_
 def _scatter(into_THD: torch.Tensor, values_BGLD: torch.Tensor, heads: Heads, block: Block) -> None:
     """Write a block's values of query heads to their tokens; padding is left out."""
     count, length = block.gather_NL.shape
-    values_XHD = values_BGLD.view(count, heads.query, length, -1).transpose(1, 2).flatten(0, 1)
+    values_XHD = values_BGLD.reshape(count, heads.query, length, -1).transpose(1, 2).flatten(0, 1)
     _write(into_THD, values_XHD, block)
 
 
@@ -169,7 +228,7 @@ def _scatter_keys(
 ) -> None:
     """Write the gradients of keys and values to their tokens; a shared prefix gets the sum over its sequences."""
     count, prefix = len(block.gather_NL), block.prefix_length
-    both_N2KSD = torch.cat([part.view(count, heads.key, *part.shape[1:]) for part in (dkey_BSD, dvalue_BSD)], dim=1)
+    both_N2KSD = torch.cat([part.reshape(count, heads.key, *part.shape[1:]) for part in (dkey_BSD, dvalue_BSD)], dim=1)
     both_NS2KD = both_N2KSD.transpose(1, 2)
     into = into_TCD[:, heads.query :]
     if prefix:
