@@ -24,6 +24,10 @@ from luthier.llm.grammar.constraints import json_constraint
 from luthier.llm.grammar.tool_calls import must_call
 from luthier.llm.remote_engine import RemoteEngine, request_body
 from luthier.records.completion import Sampling
+from luthier.serve.api_error import ApiError
+from luthier.serve.chat import prepare_chat
+from luthier.serve.chat_request import ChatRequest
+from luthier.serve.pool import ModelPool
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.tool_formats import TOOL_FORMATS
 
@@ -201,6 +205,29 @@ def test_an_adapter_is_loaded_on_first_use_and_unloaded_at_the_end(
     loads = [f"load {one.name}", f"load {other.name}"]
     assert vllm[0].calls == [*loads, f"unload {one.name}", f"unload {other.name}"]
     assert vllm[0].adapters == {}
+
+
+def test_a_model_has_no_more_context_than_its_server(
+    vllm: tuple[Dialect, Running], tuned: Callable[[str], Servable], served_tiny_model: Path
+) -> None:
+    vllm[0].max_model_len = 40
+    servers, model = EngineServers(vllm[1].url), tuned("ft:tiny:local:one:1")
+
+    async def scenario() -> None:
+        pool = ModelPool(lambda *_: served_tiny_model, lambda _: [], start=lambda *_: servers.start(model))
+        try:
+            async with pool.lease(model.name) as loaded:
+                chat = prepare_chat(asking("hello"), loaded)
+                assert len(chat.prompt_tokens) + chat.samplings[0].max_tokens == 40
+                with pytest.raises(ApiError, match="context is 40 tokens"):
+                    prepare_chat(asking("hello " * 40), loaded)
+        finally:
+            await pool.close()
+
+    def asking(text: str) -> ChatRequest:
+        return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": text}]})
+
+    asyncio.run(scenario())
 
 
 def test_an_adapter_that_the_server_has_forgotten_is_loaded_again(

@@ -1,4 +1,4 @@
-"""A small server that speaks vLLM's dialect of OpenAI's API, for tests on machines where vLLM cannot be installed.
+"""A small server that speaks vLLM's dialect of OpenAI's API, for tests on machines without vLLM.
 
 Routes, chunks and error shapes are those of vLLM 0.10.2 and later: its ``entrypoints/openai/completion`` (protocol and
 serving), ``entrypoints/openai/models/serving.py`` (adapters) and ``docs/features/lora.md``. The model itself is a
@@ -39,6 +39,7 @@ class Dialect:
     die_on: int | None = None
     refuse_with: int | None = None
     fail_in_stream: bool = False
+    max_model_len: int = 2048
     adapters: dict[str, str] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -75,7 +76,7 @@ def create_app(dialect: Dialect) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        base = _card(dialect.served_name, str(dialect.folder), None)
+        base = _card(dialect.served_name, str(dialect.folder), None) | {"max_model_len": dialect.max_model_len}
         return {
             "object": "list",
             "data": [base, *(_card(name, path, dialect.served_name) for name, path in dialect.adapters.items())],

@@ -73,6 +73,11 @@ class Engine(RunningModel, Protocol):
         ...
 
     @property
+    def context_length(self) -> int | None:
+        """How many tokens a prompt and its answer may have together; None leaves it to the model."""
+        ...
+
+    @property
     def generated_tokens(self) -> int:
         """How many tokens the engine has made so far, those of cancelled answers too."""
         ...

@@ -68,6 +68,11 @@ class EngineProcess(WorkerProcess[TokenDelta]):
         return OPTIONS
 
     @property
+    def context_length(self) -> int | None:
+        """The model's own."""
+        return None
+
+    @property
     def generated_tokens(self) -> int:
         """How many tokens the engine has made so far, those of cancelled answers too."""
         return self._generated_tokens

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -24,6 +24,13 @@ FULL_STATUSES = frozenset({429, 503})
 MAX_MESSAGE_CHARACTERS = 500
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ADAPTER_HINT = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+
+
+class ServedModel(NamedTuple):
+    """A model as a server lists it: the folder that it came from, and how many tokens it takes, where it says so."""
+
+    root: str | None
+    context_length: int | None
 
 
 class EngineServer:
@@ -75,15 +82,16 @@ class EngineServer:
                 f"The model server {self.url} was not ready within {deadline_seconds:g} seconds."
             ) from None
 
-    async def models(self) -> dict[str, str | None]:
-        """Return the ids of the models that the server has, each with its ``root``, the folder that it came from.
+    async def models(self) -> dict[str, ServedModel]:
+        """Return the models that the server has, by their ids.
 
         Raises:
             EngineError: the server does not tell.
         """
         response = await self._ask("GET", "/v1/models")
         try:
-            return {card["id"]: card.get("root") for card in response.json()["data"]}
+            cards = response.json()["data"]
+            return {card["id"]: ServedModel(card.get("root"), card.get("max_model_len")) for card in cards}
         except (ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{response.url} does not answer as OpenAI's API does ({error!r}).") from error
 
@@ -94,7 +102,7 @@ class EngineServer:
             EngineError: the server cannot load it, or loads none at run time.
         """
         loaded = await self.models()
-        if loaded.get(name) == str(folder):
+        if name in loaded and loaded[name].root == str(folder):
             return
         if name in loaded:
             await self.unload_adapter(name)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from luthier.errors import CapacityError, EngineError, NotFoundError
-from luthier.llm.engine_server import EngineServer
+from luthier.llm.engine_server import EngineServer, ServedModel
 from luthier.llm.remote_engine import RemoteEngine
 from luthier.llm.server_process import ServerProcess
 
@@ -36,10 +36,11 @@ class Servable:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A server that answers, and its name of the weights."""
+    """A server that answers, its name of the weights, and how many tokens it takes with them."""
 
     server: EngineServer
     weights_name: str
+    context_length: int | None
 
 
 @dataclass
@@ -112,13 +113,12 @@ class EngineServers:
         def share() -> int:
             return max(shared.engines, 1)
 
+        engine = partial(RemoteEngine, ready.server, on_close=close, share=share, context_length=ready.context_length)
         adapter = model.adapter
         if adapter is None:
-            name, is_llama_cpp = ready.weights_name, self.takes_gguf
-            return RemoteEngine(ready.server, name, on_close=close, share=share, is_llama_cpp=is_llama_cpp)
+            return engine(ready.weights_name, is_llama_cpp=self.takes_gguf)
         await ready.server.load_adapter(model.name, adapter)
-        load = partial(ready.server.load_adapter, model.name, adapter)
-        return RemoteEngine(ready.server, model.name, load=load, on_close=close, share=share)
+        return engine(model.name, load=partial(ready.server.load_adapter, model.name, adapter))
 
     async def _open(self, model: Servable) -> _Ready:
         process = None if self._is_address else await self._start_process(model)
@@ -127,7 +127,8 @@ class EngineServers:
             limit = self.ready_seconds if process else min(self.ready_seconds, ADDRESS_READY_SECONDS)
             await server.wait_ready(limit)
             models = await server.models()
-            return _Ready(server, next(iter(models)) if process else _name_of(model, server.url, models))
+            name = next(iter(models)) if process else _name_of(model, server.url, models)
+            return _Ready(server, name, models[name].context_length)
         except BaseException:
             await server.close()
             raise
@@ -152,10 +153,10 @@ class EngineServers:
         return self.engine.startswith(("http://", "https://"))
 
 
-def _name_of(model: Servable, url: str, models: dict[str, str | None]) -> str:
+def _name_of(model: Servable, url: str, models: dict[str, ServedModel]) -> str:
     """Return the name under which a server has a model's weights."""
     known = {*model.weights_names, str(model.weights)}
-    name = next((name for name, root in models.items() if name in known or root in known), None)
+    name = next((name for name, served in models.items() if name in known or served.root in known), None)
     if name is None:
         raise EngineError(
             f"The model server {url} has {', '.join(models) or 'no model'}, and not {model.weights_names[0]}.",

@@ -33,6 +33,7 @@ class RemoteEngine:
         load: Has the server load the model, where it can; asked when the server has forgotten it.
         on_close: Frees the model.
         share: Says how many engines share the server, with this one.
+        context_length: How many tokens the server takes; None where it does not say.
         is_llama_cpp: Whether the server is llama.cpp's, which tells no tokens and takes grammars in its own field.
     """
 
@@ -44,6 +45,7 @@ class RemoteEngine:
         load: Callable[[], Awaitable[None]] | None = None,
         on_close: Callable[[], Awaitable[None]] | None = None,
         share: Callable[[], int] = lambda: 1,
+        context_length: int | None = None,
         is_llama_cpp: bool = False,
     ) -> None:
         self._server = server
@@ -51,6 +53,7 @@ class RemoteEngine:
         self._load = load
         self._on_close = on_close
         self._share = share
+        self._context_length = context_length
         self._is_llama_cpp = is_llama_cpp
         self._closed = False
         self._generated_tokens = 0
@@ -71,6 +74,11 @@ class RemoteEngine:
     def options(self) -> frozenset[str]:
         """What of a sampling such a server can honour."""
         return OPTIONS - {"logprobs", ALTERNATIVES} if self._is_llama_cpp else OPTIONS
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens a prompt and its answer may have together, where the server says so."""
+        return self._context_length
 
     @property
     def generated_tokens(self) -> int:

@@ -123,6 +123,11 @@ class MeteredEngine(_Metered[Engine]):
         return self._engine.options
 
     @property
+    def context_length(self) -> int | None:
+        """How many tokens a prompt and its answer may have together."""
+        return self._engine.context_length
+
+    @property
     def generated_tokens(self) -> int:
         """How many tokens the engine has made so far."""
         return self._engine.generated_tokens

@@ -273,7 +273,9 @@ class ModelPool:
     async def _load_model(self, folder: Path) -> LoadedModel:
         chat_format = await asyncio.to_thread(ChatFormat.load, folder)
         await self._make_room(folder)
-        return LoadedModel(await self._start(folder, self._options), chat_format)
+        engine = await self._start(folder, self._options)
+        context = min(filter(None, (engine.context_length, chat_format.context_length)))
+        return LoadedModel(engine, replace(chat_format, context_length=context))
 
     async def _load_encoder(self, folder: Path) -> LoadedEncoder:
         embedding_format = await asyncio.to_thread(EmbeddingFormat.load, folder)
