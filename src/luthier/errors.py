@@ -41,6 +41,10 @@ class InputError(LuthierError):
     """A value, file or option given by the user breaks a rule."""
 
 
+class NothingToLearnError(InputError):
+    """None of the examples given can be learned from."""
+
+
 class NotFoundError(LuthierError):
     """A named thing does not exist."""
 

@@ -101,6 +101,13 @@ def die(context: RunContext) -> dict[str, Any]:
     return {}
 
 
+def die_but_come_forward(context: RunContext) -> dict[str, Any]:
+    count = len(context.store.runs.events(context.run.id))
+    context.say("here")
+    context.came_forward()
+    return die(context) if count < 2 * MAX_ATTEMPTS else {"attempt": context.run.attempts}
+
+
 def lose_the_run(context: RunContext) -> dict[str, Any]:
     context.store.runs.claim("host/1/1.00", 600, lambda owner: True, context.run.id)
     return {}
@@ -367,6 +374,17 @@ def test_run_that_kills_its_process_every_time_fails(store: Store, tmp_path: Pat
     assert codes == [-signal.SIGKILL] * MAX_ATTEMPTS + [0]
     run = store.runs.get("run")
     assert (run.status, run.error) == ("failed", f"The process that ran it died {MAX_ATTEMPTS} times.")
+
+
+def test_run_that_comes_forward_between_its_deaths_goes_on(store: Store, tmp_path: Path) -> None:
+    store.runs.add("run", "train", {})
+    command = launcher(tmp_path, "die_but_come_forward")
+    codes = [start(store, "run", command).wait(PATIENCE_SECONDS)]
+    while store.runs.get("run").status == "running":
+        codes.append(start(store, "run", command).wait(PATIENCE_SECONDS))
+    assert len(codes) > MAX_ATTEMPTS
+    assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0]
+    assert store.runs.get("run").status == "succeeded"
 
 
 def test_process_whose_run_was_taken_over_stops_at_once(store: Store, tmp_path: Path) -> None:

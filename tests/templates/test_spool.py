@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,3 +46,13 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
 def test_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No example"):
         SpooledExamples.write(tmp_path, iter(()))
+
+
+def test_a_disk_without_room_is_an_error_also_for_short_examples(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_192, before[1]))  # Python gets an error in the place of a signal
+    try:
+        with pytest.raises(OSError, match="too large"):
+            SpooledExamples.write(tmp_path, examples(1_000, length=9))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

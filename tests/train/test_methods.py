@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from luthier.errors import InputError, RunStopped
+from luthier.errors import ConflictError, InputError, RunStopped
 from luthier.llm.base_config import read_adapter
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.engine.torch_model import load_base
@@ -19,8 +20,10 @@ from luthier.records.base_model import Machine
 from luthier.records.objectives import PAIRED
 from luthier.records.training import ADAPTERS, StepMetrics, TrainingConfig, TrainingResult
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
+from luthier.train.engine import checkpoint
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
 from luthier.train.engine.samples import answer_samples
+from luthier.train.engine.trainable import load_trainable
 from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
 from luthier.train.plan import Material, plan_training
 from luthier.workflows.models import shape
@@ -327,3 +330,48 @@ def test_an_adapter_of_another_method_is_refused(tiny_base: Path, tmp_path: Path
     run(first)
     with pytest.raises(InputError, match="does not fit this base"):
         run(replace(make_job(tiny_base, tmp_path / "second"), start_adapter=best_adapter(first)))
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_checkpoint_of_something_else_is_refused_before_the_reference_is_asked(
+    tiny_base: Path, tmp_path: Path, method: str
+) -> None:
+    run(make_job(tiny_base, tmp_path, method=method), stop_at=2)
+    reference = (tmp_path / "reference.safetensors").read_bytes()
+    with pytest.raises(ConflictError, match="other examples or options"):
+        run(make_job(tiny_base, tmp_path, method=method, learning_rate=1e-3))
+    assert (tmp_path / "reference.safetensors").read_bytes() == reference
+
+
+@pytest.mark.parametrize("mode", ["full", "last_layers", "lora"])
+def test_the_best_weights_are_put_back(tiny_base: Path, tmp_path: Path, mode: str) -> None:
+    model = load_trainable(tiny_base, make_job(tiny_base, tmp_path, mode=mode).plan.resolved).model
+    put_back(model, tmp_path / "best")
+
+
+@pytest.mark.parametrize("mode", ["full", "last_layers"])
+def test_the_best_weights_of_a_family_whose_files_have_other_names_are_put_back(
+    tiny_encoder: Path, tmp_path: Path, mode: str
+) -> None:
+    base = Path(shutil.copytree(tiny_encoder, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    old = {name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta") for name in tensors}
+    save_file({old[name]: tensor for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    job = make_job(base, tmp_path, mode=mode, method="classification")
+    model = load_trainable(base, job.plan.resolved, ("even", "odd")).model
+    put_back(model, tmp_path / "best")
+    assert any("gamma" in name for name in load_file(tmp_path / "best" / "best" / "model.safetensors"))
+
+
+def put_back(model: Any, folder: Path) -> None:
+    with torch.no_grad():
+        for parameter in checkpoint.trainable(model).values():
+            parameter.normal_()
+    before = {name: parameter.detach().clone() for name, parameter in checkpoint.trainable(model).items()}
+    checkpoint.save_best(folder, model, "tiny")
+    with torch.no_grad():
+        for parameter in checkpoint.trainable(model).values():
+            parameter.add_(1.0)
+    checkpoint.load_best(folder, model)
+    for name, parameter in checkpoint.trainable(model).items():
+        assert torch.equal(parameter, before[name]), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from luthier.errors import ConflictError, DivergedError, RunStopped
 from luthier.records.base_model import Machine
 from luthier.records.training import StepMetrics, TrainingConfig
 from luthier.templates.renderer import RenderReport, TokenizedExample
+from luthier.train.engine import checkpoint
 from luthier.train.engine.loop import LEFT_OUT_IN_A_ROW, TrainingJob, best_adapter, train
 from luthier.train.notes import Note, WarningNote
 from luthier.train.plan import Material, plan_training
@@ -165,6 +167,57 @@ def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tiny_base:
     rest = run(job)
     assert rest[0].step == 6
     assert [m.train_loss for m in rest] == whole[5:]
+
+
+def test_a_second_kill_between_the_renames_loses_nothing_either(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [m.train_loss for m in run(make_job(tiny_base, tmp_path / "whole"))]
+    job = make_job(tiny_base, tmp_path / "parts")
+    with pytest.raises(RunStopped):
+        run(job, stop_at=5)
+    (job.folder / "latest").rename(job.folder / ".old-latest")
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if Path(target).name == "latest":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(job, stop_at=2)
+    rest = run(job)
+    assert rest[0].step == 6
+    assert [m.train_loss for m in rest] == whole[5:]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [m.train_loss for m in run(make_job(tiny_base, tmp_path / "whole"))]
+    job = make_job(tiny_base, tmp_path / "parts")
+    with pytest.raises(RunStopped):
+        run(job, stop_at=5)
+
+    def fill(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", fill)
+        with pytest.raises(OSError, match="No space left"):
+            run(job, stop_at=2)
+    assert not (job.folder / ".latest").exists()
+    assert [m.train_loss for m in run(job)] == whole[5:]
+
+
+def test_steps_that_are_only_measured_write_no_state(tiny_base: Path, tmp_path: Path) -> None:
+    job = replace(make_job(tiny_base, tmp_path / "run"), validation=(), checkpoint_seconds=None)
+    with pytest.raises(RunStopped):
+        run(job, stop_at=3)
+    assert not job.folder.exists()
 
 
 def test_a_run_with_weights_and_repeated_examples_goes_on_to_the_same_numbers(tiny_base: Path, tmp_path: Path) -> None:

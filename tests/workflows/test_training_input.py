@@ -96,6 +96,19 @@ def test_thumbs_that_all_point_up(store: Store, tmp_path: Path) -> None:
     assert "thumb" in text
 
 
+def test_thumbs_of_one_kind_can_be_measured_where_both_are_learned(store: Store, tmp_path: Path) -> None:
+    given = rows(thumb=lambda i: "up" if i % 6 == 5 or i % 2 else "down")
+    asked = request(store, tmp_path, given, method="kto", columns={"thumb": "thumb"})
+    assert {row["thumb"] for row in given if row["side"] == "test"} == {"up"}
+    assert plan(store, asked, measure=False).forward_tokens > 0
+
+
+def test_a_side_of_which_nothing_can_be_measured_is_left_out(store: Store, tmp_path: Path) -> None:
+    given = [{**row, "label": " " if row["side"] == "test" else row["label"]} for row in rows()]
+    asked = request(store, tmp_path, given, method="dpo", empty_mask="drop")
+    assert plan(store, asked, measure=False).examples == 20
+
+
 def test_a_tokenizer_without_an_end_of_turn(store: Store, tiny_base: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_base, tmp_path / "endless-base"))
     endless = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"

@@ -121,6 +121,18 @@ def test_a_classifier_on_an_encoder_labels_what_its_test_measured(
     assert predicted[0].label == "order"
 
 
+def test_a_classifier_goes_on_with_its_own_labels(store: Store, tiny_encoder: Path, tmp_path: Path) -> None:
+    pull(store, str(tiny_encoder))
+    classify = {"method": "classification", "columns": {"label": "label", "text": "text"}, "epochs": 1}
+    first = train(store, tmp_path, labelled(), tiny_encoder.name, **classify)
+    others = [{**row, "label": "dog"} if row["label"] == WORDS[0] else row for row in labelled()]
+    with pytest.raises(InputError, match="the label 'dog' is unknown"):
+        train(store, tmp_path, others, first.name, **classify)
+    with pytest.raises(InputError, match="was trained by classification"):
+        train(store, tmp_path, labelled(), first.name, **{**classify, "method": "regression"})
+    assert train(store, tmp_path, labelled(), first.name, **classify).labels == first.labels
+
+
 def test_training_goes_on_from_a_tuned_model(store: Store, tmp_path: Path) -> None:
     first = train(store, tmp_path, pairs(), "tiny-base", method="dpo", learning_rate=5e-3)
     second = train(store, tmp_path, pairs(), first.name, method="dpo", learning_rate=1e-3, epochs=1)

@@ -45,6 +45,11 @@ class RunContext:
         """Say how far a stage has come."""
         self.store.runs.add_event(self.run.id, message, type="progress", data={"done": done, "total": total})
 
+    def came_forward(self) -> None:
+        """Say that the run would go on behind where it began this time: earlier deaths do not count any more."""
+        if self.run.attempts > 1:
+            self.run = self.store.runs.forget_attempts(self.run.id)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Enclose a stage of the run: its begin, its end and its seconds become events; a request stops it before."""

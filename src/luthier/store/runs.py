@@ -127,7 +127,8 @@ class RunStore:
 
         ``run_id`` asks for one run, ``kinds`` for those of some kinds.
 
-        A run whose owners died ``max_attempts`` times is marked as failed instead of being taken again.
+        A run whose owners died ``max_attempts`` times without coming forward (:meth:`forget_attempts`) is marked as
+        failed instead of being taken again.
         """
         query = sa.select(runs).where(runs.c.status.in_(("queued", "running"))).order_by(runs.c.created_at)
         if run_id:
@@ -191,6 +192,12 @@ class RunStore:
         with self._database.write() as connection:
             if connection.execute(sa.update(runs).where(mine).values(**values)).rowcount == 0:
                 raise ConflictError(f"Run {run_id} is not held by {owner} any more.")
+
+    def forget_attempts(self, run_id: str) -> Run:
+        """Count the attempt that is being made as a run's first."""
+        with self._database.write() as connection:
+            connection.execute(sa.update(runs).where(runs.c.id == run_id).values(attempts=1))
+        return self.get(run_id)
 
     def waiting(self, kinds: Collection[RunKind], is_dead: Callable[[str], bool]) -> list[Run]:
         """Return the runs that somebody should take up, the oldest first: queued, or left by an owner that is gone."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from luthier.errors import InputError
+from luthier.errors import InputError, NothingToLearnError
 from luthier.records.example import Example
 
 T = TypeVar("T")
@@ -38,9 +38,9 @@ def read_some_weights(examples: Sequence[Example], column: str | None) -> list[f
     return read_values(examples, column, _weight, "weight", "must be a finite number, 0 or more", 1.0)
 
 
-def no_weight(examples: int, column: str | None) -> InputError:
+def no_weight(examples: int, column: str | None) -> NothingToLearnError:
     """Return the error that no example of all has a weight above 0."""
-    return InputError(f"All {examples:,} weights in the column {column!r} are 0: nothing is left to learn.")
+    return NothingToLearnError(f"All {examples:,} weights in the column {column!r} are 0: nothing is left to learn.")
 
 
 def read_margins(examples: Sequence[Example], column: str | None) -> list[float]:

@@ -165,7 +165,7 @@ def tokenize_labelled(
     if problems:
         raise InputError("Some texts cannot be learned from.", problems=problems)
     if not kept:
-        raise InputError("No text is left to learn from.", problems=[f"{k}: {n}" for k, n in report.dropped.items()])
+        raise report.nothing_left("text")
     report.rendered = len(kept)
     return kept, report
 

@@ -31,7 +31,7 @@ def tokenize_documents(
     report = RenderReport()
     pieces = list(iter_documents(texts, chat_format, length=length, report=report))
     if not pieces:
-        raise InputError("No text is left to learn from.", problems=[f"{k}: {n}" for k, n in report.dropped.items()])
+        raise report.nothing_left("text")
     return pieces, report
 
 

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from luthier.errors import InputError
+from luthier.errors import InputError, NothingToLearnError
 from luthier.records.columns import Columns
 from luthier.records.example import Conversation, Example, Message, Tool
 from luthier.records.record import Record
@@ -88,6 +88,11 @@ class RenderReport:
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     appended: int = 0
+
+    def nothing_left(self, what: str) -> NothingToLearnError:
+        """Return the error that says why there is not one text or example left."""
+        problems = [f"{reason}: {count}" for reason, count in self.dropped.items()]
+        return NothingToLearnError(f"No {what} is left to learn from.", problems=problems)
 
 
 class TemplateRenderer:
@@ -256,9 +261,11 @@ def tokenize_pairs(
 
 
 def tokenize_thumbs(
-    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy
+    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy, *, both: bool = True
 ) -> tuple[list[TokenizedExample], RenderReport]:
     """Return answers with the label 1.0 (liked) or 0.0 (not), and loss on the final answer alone.
+
+    ``both`` refuses thumbs that are all the same: they can be measured, but not learned from.
 
     Raises:
         InputError: as :func:`tokenize`; conversations without a thumb; or all thumbs that are left are the same.
@@ -278,7 +285,7 @@ def tokenize_thumbs(
         return TokenizedExample(answer.example_id, *sides[0], answer.weight, float(bool(answer.thumb)))
 
     kept, report = _tokenize_all(answers, read, policy)
-    if len({example.label for example in kept}) == 1:
+    if both and len({example.label for example in kept}) == 1:
         raise InputError(
             f"All {len(kept):,} thumbs are {'up' if kept[0].label else 'down'}; learning from thumbs needs both.",
             hint="add answers with the other thumb, or train on the liked answers alone",
@@ -325,7 +332,7 @@ def _iter_tokenized(
             hint="mend them, or choose drop (or truncate, for too long ones) in the training options",
         )
     if not report.rendered:
-        raise InputError("No example is left to learn from.", problems=[f"{k}: {n}" for k, n in report.dropped.items()])
+        raise report.nothing_left("example")
 
 
 def _refuse_missing(example_ids: Sequence[str], what: str, hint: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from luthier.errors import InputError
+from luthier.errors import NothingToLearnError
 from luthier.templates.renderer import TokenizedExample
 
 TOKENS, MASK, IDS, INDEX = "tokens.u32", "mask.u8", "ids.txt", "index.npz"
@@ -41,14 +41,14 @@ class SpooledExamples(Sequence[TokenizedExample]):
         with ExitStack() as stack:
             tokens, mask, ids = (stack.enter_context((folder / name).open("wb")) for name in (TOKENS, MASK, IDS))
             for example in examples:
-                np.asarray(example.tokens, np.uint32).tofile(tokens)
-                np.asarray(example.loss_mask, np.uint8).tofile(mask)
+                tokens.write(np.asarray(example.tokens, np.uint32).tobytes())  # tofile hides that a disk is full
+                mask.write(np.asarray(example.loss_mask, np.uint8).tobytes())
                 ids.write(example.example_id.encode())
                 ends.append(tokens.tell() // 4)
                 id_ends.append(ids.tell())
                 weights.append(example.weight)
         if not ends:
-            raise InputError("No example is left to learn from.")
+            raise NothingToLearnError("No example is left to learn from.")
         np.savez(folder / INDEX, ends=np.array(ends), id_ends=np.array(id_ends), weights=np.array(weights))
         return cls(folder)
 

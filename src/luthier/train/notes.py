@@ -36,4 +36,10 @@ class WeightsNote(Record):
     folder: Path
 
 
-Note = WarningNote | SampleNote | PreparationNote | WeightsNote
+class SavedNote(Record):
+    """All that is needed to go on behind a step is on disk."""
+
+    step: int
+
+
+Note = WarningNote | SampleNote | PreparationNote | WeightsNote | SavedNote

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from luthier.errors import InputError
+from luthier.errors import InputError, NothingToLearnError
 from luthier.evaluate.contest import sample
 from luthier.ingest.sampling import resample
 from luthier.llm.base_config import read_adapter
@@ -19,7 +20,7 @@ from luthier.records.base_model import BaseModelInfo, Machine
 from luthier.records.dataset import DatasetVersion
 from luthier.records.example import Conversation, Example, Message
 from luthier.records.fine_tuning import TrainingFiles
-from luthier.records.model import check_suffix
+from luthier.records.model import TunedModel, check_suffix
 from luthier.records.objectives import PAIRED, product
 from luthier.records.record import Record
 from luthier.records.template import TemplateVersion
@@ -123,26 +124,26 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     options = request.options
     if request.suffix:
         check_suffix(request.suffix)
-    base, start_adapter = _base(store, request.base)
+    base, start = _base(store, request.base)
     folder = store.models.base_folder(base)
     writes = product(options.method) == "generator"
     _check_kind(base, options)
-    if start_adapter is not None:
-        _check_going_on(request.base, options)
+    if start is not None:
+        _check_going_on(start, base, options)
     if writes:
         served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
     if request.dataset is None:
         raise InputError("The run's files are not a dataset yet.", hint="submit the run; its worker makes one")
     dataset = store.datasets.get(request.dataset)
     template = store.templates.get(request.template) if request.template else None
-    reader = _Reader(options, folder, base, dataset, template)
+    reader = _Reader(options, folder, base, dataset, template, labels=start.labels if start else ())
     if _is_large(store, dataset, options):
         examples, report = reader.spool(store.datasets.examples(dataset, "train"), scratch)
     else:
         train_side = side(store, dataset, "train")
         examples, report = reader.read(train_side if options.resample == "none" else _resampled(train_side, options))
     validation_side = side(store, dataset, "validation")
-    validation = reader.read(validation_side)[0]
+    validation = reader.read_held_out(validation_side)
     test_side: list[Example] = []
     if request.files:
         asked = list(islice(store.datasets.examples(dataset, "train"), ASKED_EXAMPLES))  # only their prompts matter
@@ -155,12 +156,12 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         request=request,
         base=base,
         base_folder=folder,
-        start_adapter=start_adapter,
+        start_adapter=store.models.artifact_folder(start.artifacts["adapter"]) if start else None,
         dataset=dataset,
         template=template,
         chat_format=reader.chat_format,
         material=Material(examples, validation, report),
-        test=reader.read(test_side)[0],
+        test=reader.read_held_out(test_side),
         labels=reader.labels,
         held_out=reader.answerable(asked, answer_tokens) if writes else [],
         sampled=reader.answerable(_drawn(validation_side, options.seed), options.sample_tokens) if writes else [],
@@ -179,7 +180,10 @@ def _drawn(examples: Iterable[Example], seed: int) -> list[Example]:
 
 
 class _Reader:
-    """Turns the examples of one side into units, by method; a classifier's labels come from the first side read."""
+    """Turns the examples of one side into units, by method.
+
+    A classifier's labels are those given, or else those of the first side that is read.
+    """
 
     def __init__(
         self,
@@ -188,8 +192,10 @@ class _Reader:
         base: BaseModelInfo,
         dataset: DatasetVersion,
         template: TemplateVersion | None,
+        *,
+        labels: tuple[str, ...],
     ) -> None:
-        self.labels: tuple[str, ...] = ()
+        self.labels = labels
         self.chat_format = ChatFormat.load(folder) if base.kind == "decoder" else None
         self._options = options
         self._folder = folder
@@ -203,10 +209,15 @@ class _Reader:
             equal_answers=options.equal_answers,
         )
 
-    def read(self, examples: Sequence[Example]) -> tuple[Sequence[Unit], RenderReport]:
+    def read_held_out(self, examples: Sequence[Example]) -> Sequence[Unit]:
+        """Return the examples of a side that is measured; there may be none that can be."""
+        try:
+            return self.read(examples, held_out=True)[0] if examples else []
+        except NothingToLearnError:
+            return []
+
+    def read(self, examples: Sequence[Example], *, held_out: bool = False) -> tuple[Sequence[Unit], RenderReport]:
         """Return examples as units of the method."""
-        if not examples:
-            return [], RenderReport()
         method = self._options.method
         if method in ("classification", "regression"):
             return self._labelled(examples)
@@ -219,7 +230,7 @@ class _Reader:
         if method in PAIRED:
             read = tokenize_pairs
         elif method == "kto":
-            read = tokenize_thumbs
+            read = partial(tokenize_thumbs, both=not held_out)
         return read(self._conversations(examples), self.chat_format, self._policy)
 
     def spool(self, examples: Iterable[Example], folder: Path) -> tuple[Sequence[Unit], RenderReport]:
@@ -278,8 +289,8 @@ def _is_large(store: Store, dataset: DatasetVersion, options: TrainingConfig) ->
     return streams and dataset.split is not None and store.datasets.bytes(dataset) > LARGE_BYTES
 
 
-def _base(store: Store, name: str) -> tuple[BaseModelInfo, Path | None]:
-    """Return the base model, and the adapter to go on from where a tuned model is named."""
+def _base(store: Store, name: str) -> tuple[BaseModelInfo, TunedModel | None]:
+    """Return the base model, and the model from whose adapter training goes on where a tuned one is named."""
     if not name.startswith("ft:"):
         return store.models.base(name), None
     tuned = store.models.get(name)
@@ -288,7 +299,7 @@ def _base(store: Store, name: str) -> tuple[BaseModelInfo, Path | None]:
             f"{name} was trained whole and has no adapter to go on from.",
             hint="pull its merged form as a base: luthier model export NAME merged, then luthier model pull FOLDER",
         )
-    return store.models.base(tuned.base), store.models.artifact_folder(tuned.artifacts["adapter"])
+    return store.models.base(tuned.base), tuned
 
 
 def _check_kind(base: BaseModelInfo, options: TrainingConfig) -> None:
@@ -299,8 +310,20 @@ def _check_kind(base: BaseModelInfo, options: TrainingConfig) -> None:
         )
 
 
-def _check_going_on(name: str, options: TrainingConfig) -> None:
-    """Refuse options that an adapter which is there already has decided."""
+def _check_going_on(start: TunedModel, base: BaseModelInfo, options: TrainingConfig) -> None:
+    """Refuse what does not fit the adapter that training is to go on from, and options that it has decided."""
+    before = start.hyperparameters.method
+    if product(before) != product(options.method) or (product(before) != "generator" and before != options.method):
+        raise InputError(
+            f"{start.name} was trained by {before}, so its adapter cannot go on by {options.method}.",
+            hint=f"use method {before}, or start from the base model {base.id}",
+        )
+    if start.base_sha256 != base.sha256:
+        raise InputError(
+            f"{start.name} was trained on a base called {base.id} with other weights ({start.base_sha256[:12]}) than "
+            f"the one that is here now ({base.sha256[:12]}).",
+            hint="pull the base that it was trained on",
+        )
     fields = TrainingConfig.model_fields
     given = [
         name for name in ("lora_rank", "lora_alpha", "lora_dropout") if getattr(options, name) != fields[name].default
@@ -308,7 +331,8 @@ def _check_going_on(name: str, options: TrainingConfig) -> None:
     if options.mode not in ("lora", "qlora") or given:
         chosen = [f"mode={options.mode}", *given]
         raise InputError(
-            f"Training goes on from the adapter of {name}, so its kind, rank and scale are given: {', '.join(chosen)}.",
+            f"Training goes on from the adapter of {start.name}, so its kind, rank and scale are given: "
+            f"{', '.join(chosen)}.",
             hint="leave these options out, or start from the base model; for mode full, export the merged form and "
             "pull that folder as a base",
         )

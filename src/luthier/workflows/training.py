@@ -51,7 +51,7 @@ def plan(store: Store, request: TrainRequest, *, measure: bool = True) -> Traini
     with TemporaryDirectory() as scratch:
         prepared = prepare(store, request, MAX_ANSWER_TOKENS, Path(scratch))
         made = prepared.plan(measure_machine())
-        return measured_plan(_job(prepared, made, Path(scratch))) if measure else made
+        return measured_plan(_job(prepared, made, Path(scratch)), request.options) if measure else made
 
 
 def train_model(store: Store, request: TrainRequest, on_event: OnEvent | None = None) -> TunedModel:
@@ -139,7 +139,7 @@ def _planned(context: RunContext, prepared: Prepared) -> TrainingPlan:
         return known
     made = prepared.plan(measure_machine())
     if made.seconds > SHORT_SECONDS or made.memory_bytes > SURE_SHARE * made.machine_memory_bytes:
-        made = measured_plan(_job(prepared, made, context.folder), lambda text: context.say(text))
+        made = measured_plan(_job(prepared, made, context.folder), prepared.request.options, context.say)
     write_plan(context.folder, made)
     return made
 

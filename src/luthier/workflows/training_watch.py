@@ -8,7 +8,7 @@ from luthier.evaluate.contest import sample
 from luthier.jobs.context import RunContext
 from luthier.records.training import StepMetrics
 from luthier.train.engine.trackers import Trackers, values_of
-from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote, WeightsNote
+from luthier.train.notes import Note, PreparationNote, SampleNote, SavedNote, WarningNote, WeightsNote
 from luthier.workflows.checkpoints import keep_checkpoint
 from luthier.workflows.material import Prepared
 from luthier.workflows.step_metrics import StepLog, openai_metrics
@@ -50,7 +50,7 @@ class TrainingWatch:
         self._context.metrics(text, metrics.model_dump(mode="json"))
 
     def note(self, note: Note) -> None:
-        """Hear of a warning, of sample answers, of what is done before the first step, or of an epoch's weights."""
+        """Hear of a warning, sample answers, what is done before the first step, an epoch's weights, a saved state."""
         match note:
             case WarningNote(warning=warning):
                 text = f"{warning.message} Try: {warning.hint}"
@@ -61,6 +61,8 @@ class TrainingWatch:
                 self._context.progress(what, round(100 * share), 100)
             case WeightsNote():
                 self._keep(note)
+            case SavedNote():
+                self._context.came_forward()
 
     def _keep(self, note: WeightsNote) -> None:
         step, measured = note.metrics.step, openai_metrics(note.metrics.model_dump(mode="json"))

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from luthier.errors import ConflictError
 from luthier.llm.base_bits import write_base_bits
+from luthier.llm.engine.weight_files import save_weights
 
 LATEST = "latest"
 BEST = "best"
@@ -45,10 +49,18 @@ def save_checkpoint(
         tensors[f"{WEIGHT}/{name}"] = parameter.detach().cpu()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value.detach().cpu()
-    staged = _fresh(folder / f".{LATEST}")
-    save_file(tensors, staged / TENSORS)
-    (staged / STATE).write_text(json.dumps(state))
-    _replace(staged, folder / LATEST)
+    with _replacing(folder / LATEST) as staged:
+        save_file(tensors, staged / TENSORS)
+        (staged / STATE).write_text(json.dumps(state))
+
+
+def check_checkpoint(folder: Path, fingerprint: str) -> None:
+    """Refuse to go on from a checkpoint of something else, before anything is done.
+
+    Raises:
+        ConflictError: the checkpoint belongs to other data or other options.
+    """
+    _read_state(folder, fingerprint)
 
 
 def load_checkpoint(
@@ -59,17 +71,10 @@ def load_checkpoint(
     Raises:
         ConflictError: the checkpoint belongs to other data or other options.
     """
-    # Killed between the two renames of a replacement, the one before is whole under its other name.
-    places = [place for place in (folder / LATEST, _old(folder / LATEST)) if (place / STATE).is_file()]
-    if not places:
+    found = _read_state(folder, fingerprint)
+    if found is None:
         return None
-    latest = places[0]
-    state: dict[str, Any] = json.loads((latest / STATE).read_text())
-    if state["fingerprint"] != fingerprint:
-        raise ConflictError(
-            "The checkpoint of this run was made with other examples or options, so it cannot go on from it.",
-            hint="start a new run",
-        )
+    latest, state = found
     tensors = load_file(latest / TENSORS)
     fused = bool(optimizer.defaults.get("fused"))  # then the count of steps lies with the parameter
     parameters = trainable(model)
@@ -88,6 +93,21 @@ def load_checkpoint(
     return state
 
 
+def _read_state(folder: Path, fingerprint: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the folder of the latest checkpoint and its state, None where there is none."""
+    # Killed between the two renames of a replacement, the one before is whole under its other name.
+    places = [place for place in (folder / LATEST, _old(folder / LATEST)) if (place / STATE).is_file()]
+    if not places:
+        return None
+    state: dict[str, Any] = json.loads((places[0] / STATE).read_text())
+    if state["fingerprint"] != fingerprint:
+        raise ConflictError(
+            "The checkpoint of this run was made with other examples or options, so it cannot go on from it.",
+            hint="start a new run",
+        )
+    return places[0], state
+
+
 def save_best(folder: Path, model: Any, base: str) -> None:
     """Save the adapter as the best so far, in PEFT's own files; ``base`` is written as the model that it belongs to.
 
@@ -103,23 +123,37 @@ def save_epoch(folder: Path, model: Any, base: str) -> Path:
 
 
 def _save_weights(target: Path, model: Any, base: str) -> None:
-    staged = _fresh(target.with_name(f".{target.name}"))
-    if not hasattr(model, "peft_config"):
-        # Weights may be views of one tensor: a file holds each by itself.
-        whole = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        model.save_pretrained(staged, state_dict=whole)
-        return _replace(staged, target)
-    model.save_pretrained(staged)
+    with _replacing(target) as staged:
+        if hasattr(model, "peft_config"):
+            _save_adapter(staged, model, base)
+        else:
+            _save_whole(staged, model)
+
+
+def _save_adapter(folder: Path, model: Any, base: str) -> None:
+    model.save_pretrained(folder)
     if model.peft_config[ADAPTER].task_type == "SEQ_CLS":
-        model.config.save_pretrained(staged)  # the classes' names belong to the adapter, not to the base
-    config = json.loads((staged / "adapter_config.json").read_text())
+        model.config.save_pretrained(folder)  # the classes' names belong to the adapter, not to the base
+    config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base
     config["target_modules"] = sorted(config["target_modules"])
-    (staged / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    (staged / "README.md").unlink(missing_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    (folder / "README.md").unlink(missing_ok=True)
     if bits := getattr(model.get_base_model(), "base_bits", None):
-        write_base_bits(staged, bits)
-    return _replace(staged, target)
+        write_base_bits(folder, bits)
+
+
+def _save_whole(folder: Path, model: Any) -> None:
+    """Write a model as transformers does; its weights may be views of one tensor, and a file holds each by itself."""
+    weights = model.state_dict()
+    if getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False):
+        # The family's files have names of their own, which only transformers knows: a second copy of all weights.
+        model.save_pretrained(folder, state_dict={name: tensor.clone() for name, tensor in weights.items()})
+        return
+    tied = model.all_tied_weights_keys
+    save_weights(((name, tensor.to("cpu", copy=True)) for name, tensor in weights.items() if name not in tied), folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
 
 
 def best_folder(folder: Path) -> Path:
@@ -130,30 +164,42 @@ def best_folder(folder: Path) -> Path:
 def load_best(folder: Path, model: Any) -> None:
     """Put the best weights so far into a model."""
     best = best_folder(folder)
-    if not hasattr(model, "peft_config"):
-        for path in best.glob("*.safetensors"):
-            model.load_state_dict(load_file(path), strict=False)
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_file(best / "adapter_model.safetensors"))
         return
-    set_peft_model_state_dict(model, load_file(best / "adapter_model.safetensors"))
+    missing = set(trainable(model))
+    for path in best.glob("*.safetensors"):
+        tensors = load_file(path)
+        model.load_state_dict(tensors, strict=False)
+        missing -= tensors.keys()
+    if missing:  # under names that only transformers can read
+        saved = type(model).from_pretrained(best, dtype="auto", local_files_only=True)
+        model.load_state_dict(saved.state_dict())
 
 
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give a folder to write into, which then takes the place of another; where writing fails, nothing is left of it.
+
+    Whatever moment the process is killed at, the folder before is whole, here or under its other name.
+    """
+    staged, old = target.with_name(f".{target.name}"), _old(target)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        for path in staged.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)  # a full disk has room again
+        raise
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    staged.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _old(target: Path) -> Path:
     return target.with_name(f".old-{target.name}")
-
-
-def _replace(staged: Path, target: Path) -> None:
-    for path in staged.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    old = _old(target)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    staged.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

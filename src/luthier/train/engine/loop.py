@@ -27,6 +27,7 @@ from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
 from luthier.train.engine.allocator import freed_memory_kept
 from luthier.train.engine.checkpoint import (
     best_folder,
+    check_checkpoint,
     load_best,
     load_checkpoint,
     save_best,
@@ -39,7 +40,7 @@ from luthier.train.engine.optimizers import make_optimizer, parameter_groups
 from luthier.train.engine.order import Order
 from luthier.train.engine.samples import answer_samples
 from luthier.train.engine.trainable import load_trainable
-from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote, WeightsNote
+from luthier.train.notes import Note, PreparationNote, SampleNote, SavedNote, WarningNote, WeightsNote
 from luthier.train.schedule import rate_factor
 from luthier.train.watch import LossHistory
 
@@ -60,8 +61,9 @@ class TrainingJob:
     ``start_adapter`` is one to go on from; ``sample_prompts`` (tokens) are answered at each validation, up to
     ``sample_tokens`` tokens or one of ``stop_tokens``. With ``epoch_weights`` the weights are also validated and
     written at the end of each pass over the examples, with a :class:`~luthier.train.notes.WeightsNote`. The state is
-    saved at the plan's steps, and wherever ``checkpoint_seconds`` have passed. ``base_sha256`` names the base's
-    weights, which a run that goes on must find unchanged (None: their files are hashed).
+    saved at the plan's steps, and wherever ``checkpoint_seconds`` have passed (None: never, for steps that are only
+    measured). ``base_sha256`` names the base's weights, which a run that goes on must find unchanged (None: their files
+    are hashed).
     """
 
     plan: TrainingPlan
@@ -77,7 +79,7 @@ class TrainingJob:
     sample_tokens: int = 24
     stop_tokens: frozenset[int] = frozenset()
     epoch_weights: bool = False
-    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    checkpoint_seconds: float | None = CHECKPOINT_SECONDS
     base_sha256: str | None = None
 
 
@@ -153,7 +155,8 @@ def train(
         for warning in run.history.warnings():
             on_note(WarningNote(warning=warning))
         run.progress.history = run.history.state()
-        _save_and_stop(run, stop_if_asked)
+        if _save_and_stop(run, stop_if_asked):
+            on_note(SavedNote(step=run.progress.step))
     return _result(run.progress, _test(run))
 
 
@@ -167,6 +170,8 @@ def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None])
     model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
     fingerprint = _fingerprint(job)
     objective = make_objective(model, job.plan)
+
+    check_checkpoint(job.folder, fingerprint)
 
     def on_progress(what: str, share: float) -> None:
         on_note(PreparationNote(what=what, share=share))
@@ -265,8 +270,8 @@ def _test(run: _Training) -> dict[str, float]:
     return {"loss": outcome.loss, **outcome.metrics}
 
 
-def _save_and_stop(run: _Training, stop_if_asked: Callable[[], None]) -> None:
-    """Save the checkpoint that is due at this step, and also where the run must stop."""
+def _save_and_stop(run: _Training, stop_if_asked: Callable[[], None]) -> bool:
+    """Save the checkpoint that is due at this step, and also where the run must stop; return whether it was saved."""
     progress, job = run.progress, run.job
     last = progress.step == job.plan.steps or progress.stopped_early is not None
     if progress.left_out_in_a_row == LEFT_OUT_IN_A_ROW or (last and progress.left_out == progress.step):
@@ -279,17 +284,18 @@ def _save_and_stop(run: _Training, stop_if_asked: Callable[[], None]) -> None:
     except BaseException:
         _save(run)
         raise
-    waited = time.monotonic() - run.saved_at >= job.checkpoint_seconds
-    if last or waited or progress.step % job.plan.resolved.checkpoint_every == 0:
-        _save(run)
+    waited = job.checkpoint_seconds is not None and time.monotonic() - run.saved_at >= job.checkpoint_seconds
+    return (last or waited or progress.step % job.plan.resolved.checkpoint_every == 0) and _save(run)
 
 
-def _save(run: _Training) -> None:
+def _save(run: _Training) -> bool:
     """Save the state of a run, if it is a good one: weights that broke must not take the place of those before."""
     parameters = (parameter for group in run.optimizer.param_groups for parameter in group["params"])
-    if all(bool(parameter.isfinite().all()) for parameter in parameters):
-        save_checkpoint(run.job.folder, run.model.model, run.optimizer, vars(run.progress))
-        run.saved_at = time.monotonic()
+    if run.job.checkpoint_seconds is None or not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        return False
+    save_checkpoint(run.job.folder, run.model.model, run.optimizer, vars(run.progress))
+    run.saved_at = time.monotonic()
+    return True
 
 
 def _end_diverged(run: _Training) -> None:

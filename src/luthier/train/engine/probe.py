@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from luthier.errors import CapacityError, EngineError, LuthierError, RunStopped
-from luthier.records.training import Derived, Measured, StepMetrics, TrainingPlan
+from luthier.records.training import AUTO, Derived, Measured, StepMetrics, TrainingConfig, TrainingPlan
 from luthier.train.engine.loop import TrainingJob, peak_memory_bytes, train
 from luthier.train.engine.objectives.objective import Unit, tokens_of
 from luthier.train.plan import refuse_what_cannot_fit, rows_of, with_measured
@@ -27,10 +27,13 @@ SURELY_OVER = 1.2  # what ran out of memory is taken to need so much more than t
 FIRST_TO_GO = "1000"  # the highest score of Linux: where memory runs out, the process of the steps is what it ends
 
 
-def measured_plan(job: TrainingJob, on_attempt: Callable[[str], None] = lambda text: None) -> TrainingPlan:
+def measured_plan(
+    job: TrainingJob, options: TrainingConfig, on_attempt: Callable[[str], None] = lambda text: None
+) -> TrainingPlan:
     """Return the job's plan with the memory and time of steps that were really made at the longest length.
 
-    Where they do not fit, rows are halved, then layers recomputed, and it is tried again.
+    Where they do not fit, rows are halved, then layers recomputed, as far as the options leave that open, and it is
+    tried again.
 
     Raises:
         CapacityError: nothing fits; the hint says what to lower, and to what.
@@ -42,7 +45,7 @@ def measured_plan(job: TrainingJob, on_attempt: Callable[[str], None] = lambda t
         try:
             return with_measured(plan, measure_steps(replace(job, plan=plan)))
         except CapacityError as error:
-            smaller = _smaller(plan)
+            smaller = _smaller(plan, options)
             if smaller is None:
                 raise _refusal(plan, error) from error
             plan = smaller
@@ -69,6 +72,7 @@ def measure_steps(job: TrainingJob) -> Measured:
             folder=Path(folder),
             sample_prompts=(),
             epoch_weights=False,
+            checkpoint_seconds=None,
         )
         process = spawned.Process(target=_answer, args=(small, sending), daemon=True)
         process.start()
@@ -153,13 +157,13 @@ def _refusal(plan: TrainingPlan, error: CapacityError) -> CapacityError:
     return error
 
 
-def _smaller(plan: TrainingPlan) -> TrainingPlan | None:
-    """Return the plan with rows of half the length, or with layers recomputed; None where both are done."""
+def _smaller(plan: TrainingPlan, options: TrainingConfig) -> TrainingPlan | None:
+    """Return the plan with rows of half the length, or with layers recomputed; None where both are done or given."""
     resolved = plan.resolved
-    if resolved.tokens_per_row > plan.longest_example:
+    if options.tokens_per_row == AUTO and resolved.tokens_per_row > plan.longest_example:
         row = max(plan.longest_example, resolved.tokens_per_row // 2)
         change, note = {"tokens_per_row": row}, Derived(name="tokens per row", value=str(row), reason="measured to fit")
-    elif not resolved.recompute:
+    elif options.recompute == AUTO and not resolved.recompute:
         change, note = {"recompute": True}, Derived(name="recompute", value="yes", reason="measured to fit")
     else:
         return None
