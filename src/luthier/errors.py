@@ -61,6 +61,10 @@ class CapacityError(LuthierError):
     """Memory, disk or context length does not suffice."""
 
 
+class BusyError(CapacityError):
+    """There is room, but not now: it is worth asking again."""
+
+
 class DiskFullError(CapacityError):
     """The disk is full; what was finished stays, and the work can go on once there is space."""
 

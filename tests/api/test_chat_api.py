@@ -21,7 +21,7 @@ from luthier.errors import ConflictError, InputError, NotFoundError
 from luthier.llm.remote import RemoteModel
 from luthier.records.completion import Sampling
 from luthier.records.example import Message
-from luthier.serve.pool import ModelPool, ServedModelInfo
+from luthier.serve.pool import ModelPool, Resolved, ServedModelInfo
 from luthier.store.store import Store
 from tests.api.conftest import Live
 
@@ -39,10 +39,10 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self.folders = {NAME: folder, ALIAS: folder}
 
-    def resolve(self, project: str, name: str) -> Path:
+    def resolve(self, project: str, name: str) -> Resolved:
         if name not in self.folders:
             raise NotFoundError(f"The model {name!r} does not exist.")
-        return self.folders[name]
+        return Resolved(name, self.folders[name])
 
     def names(self, project: str) -> list[ServedModelInfo]:
         return [ServedModelInfo(name, created=1_700_000_000, root="tiny") for name in self.folders]
@@ -218,8 +218,8 @@ def test_serve_tells_its_url_and_a_signal_ends_it_without_orphans(endless_model:
     code = (
         "import sys\nfrom pathlib import Path\nfrom luthier.api.app import create_app\n"
         "from luthier.api.server import serve\nfrom luthier.api.service import Service\n"
-        "from luthier.serve.pool import ModelPool\nfrom luthier.store.store import Store\n"
-        "pool = ModelPool(lambda project, name: Path(sys.argv[1]), lambda project: [])\n"
+        "from luthier.serve.pool import ModelPool, Resolved\nfrom luthier.store.store import Store\n"
+        "pool = ModelPool(lambda project, name: Resolved(name, Path(sys.argv[1])), lambda project: [])\n"
         "app = create_app(Service(Store(Path(sys.argv[2])), pool))\n"
         "serve(app, '127.0.0.1', 0, lambda url: print(url, flush=True))"
     )

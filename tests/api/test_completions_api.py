@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from luthier.llm.engine_process import EngineOptions
-from luthier.serve.pool import ModelPool, ServedModelInfo
+from luthier.serve.pool import ModelPool, Resolved, ServedModelInfo
 from luthier.templates.chat_format import ChatFormat
 from tests.api.conftest import Live
 
@@ -22,7 +22,9 @@ CHOICES = 64
 @pytest.fixture(scope="module")
 def live(endless_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     options = EngineOptions(precision="float32")  # so that an answer does not depend on what else is in the batch
-    pool = ModelPool(lambda *_: endless_model, lambda _: [ServedModelInfo(NAME, created=1)], options=options)
+    pool = ModelPool(
+        lambda _, name: Resolved(name, endless_model), lambda _: [ServedModelInfo(NAME, created=1)], options=options
+    )
     live = Live(tmp_path_factory.mktemp("completions") / "home", pool)
     yield live
     live.close()

@@ -144,6 +144,8 @@ def test_names_of_openai_and_aliases_stand_for_encoders_and_unknown_ones_are_not
     assert [answer.model for answer in found] == names
     assert len({str(answer.data) for answer in found}) == 1
     assert {ENCODER, "search@production"} <= {model.id for model in client.models.list()}
+    stand_in = client.models.retrieve("text-embedding-3-small")
+    assert (stand_in.id, stand_in.root) == ("text-embedding-3-small", ENCODER)
     with pytest.raises(openai.NotFoundError) as caught:
         client.embeddings.create(model="nobody", input="order")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")

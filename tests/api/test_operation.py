@@ -106,6 +106,15 @@ def test_metrics_count_requests_tokens_and_times(live: Live) -> None:
     assert value(after, "process_resident_memory_bytes") > 0
 
 
+def test_a_model_has_one_series_whatever_it_is_called(live: Live) -> None:
+    live.store.models.set_alias("default", "counted@now", "tiny-base")
+    before = value(measured(live), "luthier_tokens_total", model="tiny-base", kind="completion")
+    live.client().chat.completions.create(**{**ASK, "model": "counted@now"})
+    after = measured(live)
+    assert value(after, "luthier_tokens_total", model="tiny-base", kind="completion") > before
+    assert not [labels for _, labels in after if ("model", "counted@now") in labels]
+
+
 def test_metrics_show_the_queue_and_are_for_admins(start_live: Callable[..., Live]) -> None:
     live = start_live()
     live.store.runs.add("train-1", "train", {})

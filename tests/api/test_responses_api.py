@@ -14,7 +14,7 @@ import pytest
 
 from luthier.llm.engine_process import EngineOptions
 from luthier.records.response import StoredResponse
-from luthier.serve.pool import LoadedModel, ModelPool, ServedModelInfo
+from luthier.serve.pool import LoadedModel, ModelPool, Resolved, ServedModelInfo
 from luthier.workflows.responses import LIFETIME_SECONDS, expire_responses
 from tests.api.conftest import Live
 
@@ -43,7 +43,7 @@ def exact_pool(folder: Path) -> ModelPool:
     folders = {NAME: folder, CALLER: folder.with_name("calling")}
     names = [ServedModelInfo(name, created=1) for name in folders]
     options = EngineOptions(precision="float32")
-    return ModelPool(lambda _, name: folders[name], lambda _: names, options=options)
+    return ModelPool(lambda _, name: Resolved(name, folders[name]), lambda _: names, options=options)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from vllm_dialect import Dialect, Running, continuation
 
-from luthier.errors import CapacityError, EngineError
+from luthier.errors import BusyError, EngineError, InputError
 from luthier.llm.answer_stream import AnswerDelta, stream_answer
 from luthier.llm.engine_interface import TokenDelta
 from luthier.llm.engine_process import EngineOptions, EngineProcess
@@ -27,7 +27,7 @@ from luthier.records.completion import Sampling
 from luthier.serve.api_error import ApiError
 from luthier.serve.chat import prepare_chat
 from luthier.serve.chat_request import ChatRequest
-from luthier.serve.pool import ModelPool
+from luthier.serve.pool import ModelPool, Resolved
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.tool_formats import TOOL_FORMATS
 
@@ -214,7 +214,9 @@ def test_a_model_has_no_more_context_than_its_server(
     servers, model = EngineServers(vllm[1].url), tuned("ft:tiny:local:one:1")
 
     async def scenario() -> None:
-        pool = ModelPool(lambda *_: served_tiny_model, lambda _: [], start=lambda *_: servers.start(model))
+        pool = ModelPool(
+            lambda *_: Resolved(model.name, served_tiny_model), lambda _: [], start=lambda *_: servers.start(model)
+        )
         try:
             async with pool.lease(model.name) as loaded:
                 chat = prepare_chat(asking("hello"), loaded)
@@ -298,7 +300,7 @@ def test_closing_the_engine_fails_the_answers_in_flight(vllm: tuple[Dialect, Run
     run(EngineServers(vllm[1].url), base, then=scenario)
 
 
-@pytest.mark.parametrize(("status", "error"), [(429, CapacityError), (503, CapacityError), (500, EngineError)])
+@pytest.mark.parametrize(("status", "error"), [(429, BusyError), (503, BusyError), (500, EngineError)])
 def test_a_refusal_is_told_by_its_kind(
     vllm: tuple[Dialect, Running], base: Servable, status: int, error: type[Exception]
 ) -> None:
@@ -317,7 +319,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_error(vllm: tuple[Dialect, Ru
         vllm[0].fail_in_stream = True
         with pytest.raises(EngineError, match="EngineCore died"):
             await collect(engine, LONG)
-        with pytest.raises(EngineError, match="out of vocabulary"):
+        with pytest.raises(InputError, match=r"server refused: .*out of vocabulary"):
             await collect(engine, LONG, prompt=[1, 10_000])
 
     run(EngineServers(vllm[1].url), base, then=scenario)

@@ -8,11 +8,16 @@ import pytest
 
 from luthier.errors import CapacityError, InputError, NotFoundError
 from luthier.serve.engine_memory import ENCODER_PROCESS_BYTES, encoder_need
-from luthier.serve.pool import ModelPool
+from luthier.serve.pool import ModelPool, Resolved
 
 
 def pool_of(decoder: Path, encoder: Path, **options: int) -> ModelPool:
-    return ModelPool(lambda *_: decoder, lambda _: [], resolve_encoder=lambda *_: encoder, **options)
+    return ModelPool(
+        lambda *_: Resolved("decoder", decoder),
+        lambda _: [],
+        resolve_encoder=lambda *_: Resolved("encoder", encoder),
+        **options,
+    )
 
 
 def test_encoders_and_models_that_write_make_room_for_one_another(served_tiny_model: Path, tiny_encoder: Path) -> None:
@@ -55,7 +60,7 @@ def test_an_encoder_that_is_larger_than_all_may_be_is_refused(served_tiny_model:
 
 def test_a_pool_without_encoders_has_none(served_tiny_model: Path) -> None:
     async def scenario() -> None:
-        pool = ModelPool(lambda *_: served_tiny_model, lambda _: [])
+        pool = ModelPool(lambda *_: Resolved("tiny", served_tiny_model), lambda _: [])
         with pytest.raises(NotFoundError, match="'reads' does not exist"):
             async with pool.lease_encoder("reads"):
                 pass

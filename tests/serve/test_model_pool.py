@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from luthier.llm.engine_interface import Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.completion import Sampling
 from luthier.serve.engine_memory import PROCESS_BYTES, need_of
-from luthier.serve.pool import LoadedModel, ModelPool, ServedModelInfo
+from luthier.serve.pool import LoadedModel, ModelPool, Resolved, ServedModelInfo
 
 
 class Shelf:
@@ -26,11 +27,11 @@ class Shelf:
         self.folders = folders
         self.asked: list[str] = []
 
-    def resolve(self, project: str, name: str) -> Path:
+    def resolve(self, project: str, name: str) -> Resolved:
         self.asked.append(name)
         if name not in self.folders:
             raise NotFoundError(f"The model {name!r} does not exist.")
-        return self.folders[name]
+        return Resolved(name, self.folders[name])
 
     def names(self, project: str) -> list[ServedModelInfo]:
         return [ServedModelInfo(name, created=1) for name in self.folders]
@@ -108,6 +109,54 @@ def test_a_load_does_not_block_a_model_that_runs(shelf: Shelf) -> None:
         await touch(pool, "a")
         assert not loading.done()
         await loading
+
+    run(shelf, scenario)
+
+
+def test_what_is_made_on_first_use_is_made_once_and_nobody_else_waits_for_it(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, going, calls = tmp_path / "made", threading.Event(), []
+
+    def make() -> None:
+        calls.append(place)
+        going.wait(30)
+        shutil.copytree(shelf.folders["a"], place)
+
+    def resolve(project: str, name: str) -> Resolved:
+        make_it = None if place.is_dir() else make
+        return Resolved(name, place, make_it) if name == "new" else Shelf.resolve(shelf, project, name)
+
+    monkeypatch.setattr(shelf, "resolve", resolve)
+
+    async def scenario(pool: ModelPool) -> None:
+        many = [asyncio.create_task(touch(pool, "new")) for _ in range(64)]  # more than there are threads
+        await until(lambda: bool(calls))
+        await touch(pool, "b")
+        assert not any(task.done() for task in many)
+        going.set()
+        assert len(pids(await asyncio.gather(*many))) == 1
+        assert len(calls) == 1
+
+    run(shelf, scenario)
+
+
+def test_what_cannot_be_made_is_an_error_for_all_who_wait_and_tried_again(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def make() -> None:
+        calls.append(1)
+        raise EngineError("It could not be made.")
+
+    monkeypatch.setattr(shelf, "resolve", lambda _, name: Resolved(name, tmp_path / "made", make))
+
+    async def scenario(pool: ModelPool) -> None:
+        for times in (1, 2):
+            found = await asyncio.gather(*(touch(pool, "new") for _ in range(4)), return_exceptions=True)
+            assert [str(one) for one in found] == ["It could not be made."] * 4
+            assert len(calls) == times
 
     run(shelf, scenario)
 

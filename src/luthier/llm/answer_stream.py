@@ -171,7 +171,7 @@ async def stream_answer(
 
     Raises:
         EngineError: the engine refused the prompt, or it died.
-        CapacityError: the engine has no room for a further request now.
+        BusyError: the engine has no room for a further request now.
     """
     text = AnswerText(chat_format, sampling.stop, with_special=with_special or sampling.constraint is not None)
     async with aclosing(engine.generate(prompt_tokens, sampling, sorted(chat_format.stop_tokens))) as deltas:

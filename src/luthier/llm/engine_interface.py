@@ -92,7 +92,8 @@ class Engine(RunningModel, Protocol):
 
         Raises:
             EngineError: the engine refused the prompt, or it died.
-            CapacityError: the engine has no room for a further request now.
+            InputError: the engine cannot answer such a request.
+            BusyError: the engine has no room for a further request now.
         """
         ...
 

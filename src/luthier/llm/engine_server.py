@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from luthier.errors import CapacityError, EngineError, NotFoundError
+from luthier.errors import BusyError, EngineError, InputError, NotFoundError
 from luthier.llm.server_process import ServerProcess
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 600.0
 POLL_SECONDS = 0.1
 FULL_STATUSES = frozenset({429, 503})
+REFUSED_STATUSES = frozenset({400, 422})
 MAX_MESSAGE_CHARACTERS = 500
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 ADAPTER_HINT = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
@@ -129,12 +130,15 @@ class EngineServer:
         """Ask for a streamed completion; leaving the context closes the connection, which ends the answer.
 
         Raises:
-            CapacityError: the server has no room for a further request.
+            BusyError: the server has no room for a further request.
+            InputError: the server cannot answer such a request.
             NotFoundError: the server does not have the model.
             EngineError: it refuses the request, or cannot be reached.
         """
         try:
             async with self._client.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code in REFUSED_STATUSES:
+                    raise InputError(f"The model's server refused: {error_message(await response.aread())}")
                 await _raise_for_status(response)
                 yield response
         except httpx.TransportError as error:
@@ -172,7 +176,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
         return
     message = f"{response.url} answered {response.status_code}: {error_message(await response.aread())}"
     if response.status_code in FULL_STATUSES:
-        raise CapacityError(message)
+        raise BusyError(message)
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotFoundError(message)
     raise EngineError(message)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from luthier.errors import CapacityError, EngineError, NotFoundError
+from luthier.errors import BusyError, EngineError, NotFoundError
 from luthier.llm.engine_server import EngineServer, ServedModel
 from luthier.llm.remote_engine import RemoteEngine
 from luthier.llm.server_process import ServerProcess
@@ -105,7 +105,7 @@ class EngineServers:
             try:
                 outlives = self._is_address or shared.engines > 1
                 if model.adapter is not None and outlives and ready.server.alive:
-                    with contextlib.suppress(NotFoundError, EngineError, CapacityError):  # gone already, or will be
+                    with contextlib.suppress(NotFoundError, EngineError, BusyError):  # gone already, or will be
                         await ready.server.unload_adapter(model.name)
             finally:
                 await self._release(key, shared)

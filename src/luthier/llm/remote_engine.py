@@ -98,9 +98,9 @@ class RemoteEngine:
         Closing the iterator early closes the connection, upon which the server drops the answer.
 
         Raises:
-            EngineError: the server refused the prompt, or it cannot be reached.
-            CapacityError: the server has no room for a further request now.
-            InputError: the server cannot bind the answer as it is asked to.
+            EngineError: the server failed, or it cannot be reached.
+            BusyError: the server has no room for a further request now.
+            InputError: the server cannot answer such a request.
         """
         if not self.alive:
             raise EngineError(f"The engine of {self._model} has ended.")

@@ -50,7 +50,7 @@ async def answer_all(
 
     Raises:
         EngineError: the engine refused a prompt, or it died.
-        CapacityError: the engine has no room for a further request now.
+        BusyError: the engine has no room for a further request now.
     """
     if len(questions) == 1:
         async with aclosing(_deltas(loaded, questions[0])) as deltas:

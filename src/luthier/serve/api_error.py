@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.errors import (
+    BusyError,
     CapacityError,
     ConflictError,
     EngineError,
@@ -20,6 +21,7 @@ STATUSES: tuple[tuple[type[LuthierError], int, str, str | None], ...] = (
     (InputError, 400, "invalid_request_error", None),
     (NotFoundError, 404, "invalid_request_error", "not_found"),
     (ConflictError, 409, "invalid_request_error", "conflict"),
+    (BusyError, 429, "requests", "overloaded"),
     (CapacityError, 503, "server_error", "overloaded"),
     (EngineError, 503, "server_error", "engine_unavailable"),
 )
@@ -73,7 +75,7 @@ class ApiError(LuthierError):
         if self.retry_after_seconds is not None:
             seconds = self.retry_after_seconds
             return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
-        return {"retry-after": str(RETRY_AFTER_SECONDS)} if self.status == 503 else {}
+        return {"retry-after": str(RETRY_AFTER_SECONDS)} if self.status in (429, 503) else {}
 
 
 def model_not_found(message: str) -> ApiError:

@@ -20,14 +20,15 @@ Item = TypeVar("Item")
 class RequestLimits:
     """What one engine is asked for at most.
 
-    ``requests`` are answered or wait at once; a further one gets 429. One that takes longer than ``seconds`` ends.
+    Once so many answers are made or waited for (``requests``: each has one as a rule), a further request gets 429. One
+    that takes longer than ``seconds`` ends.
     """
 
     requests: int = MAX_REQUESTS
     seconds: float = REQUEST_SECONDS
 
     def check(self, asked: int, name: str) -> None:
-        """Refuse a request to a model that is asked by so many already.
+        """Refuse a request to a model that is asked for so many answers already.
 
         Raises:
             ApiError: 429, with a hint when to come again.
@@ -35,7 +36,7 @@ class RequestLimits:
         if asked >= self.requests:
             raise ApiError(
                 429,
-                f"The model {name!r} is answering {asked} requests, as many as it takes at once. Try again soon.",
+                f"The model {name!r} is asked for {asked} answers, as many as it takes at once. Try again soon.",
                 type="requests",
                 code="overloaded",
                 retry_after_seconds=RETRY_SECONDS,

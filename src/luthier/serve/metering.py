@@ -139,7 +139,7 @@ class MeteredEngine(_Metered[Engine]):
 
         Raises:
             EngineError: the engine refused the prompt, or it died.
-            CapacityError: the engine has no room for a further request now.
+            BusyError: the engine has no room for a further request now.
             ApiError: 504, where the request's deadline has come.
         """
         usage = USAGE.get() or Usage()

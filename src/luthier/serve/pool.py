@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
-from luthier.errors import CapacityError, EngineError, NotFoundError
+from luthier.errors import BusyError, CapacityError, EngineError, InputError, NotFoundError
 from luthier.llm.embedding_format import EmbeddingFormat
 from luthier.llm.encoder_process import EncoderProcess
 from luthier.llm.engine_interface import Encoder, Engine
@@ -25,7 +26,26 @@ MAX_LOADED = 8
 ROOM_DEADLINE_SECONDS = 60.0
 SWEEP_SECONDS = 2.0
 StartEngine = Callable[[Path, EngineOptions], Awaitable[Engine]]
-Resolve = Callable[[str, str], Path]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The model that a name means. Names of one folder share an engine.
+
+    Attributes:
+        name: The model's own name.
+        folder: What is served, with its chat format.
+        make: Makes the folder where it is not there yet; called in a thread, one at a time.
+        chat_folder: Where the chat format is, if that is not the folder.
+    """
+
+    name: str
+    folder: Path
+    make: Callable[[], object] | None = None
+    chat_folder: Path | None = None
+
+
+Resolve = Callable[[str, str], Resolved]
 
 
 @dataclass(frozen=True)
@@ -55,9 +75,10 @@ class LoadedEncoder:
 
 
 Loaded = TypeVar("Loaded", LoadedModel, LoadedEncoder)
+Load = Callable[[Resolved], Awaitable[Loaded]]
 
 
-def _no_encoder(project: str, name: str) -> Path:
+def _no_encoder(project: str, name: str) -> Resolved:
     raise NotFoundError(f"The model {name!r} does not exist.")
 
 
@@ -71,11 +92,11 @@ class EngineInfo:
 
 
 class _Slot:
-    """One folder that is loaded or being loaded, and how many requests hold it."""
+    """One folder that is loaded or being loaded, and how many answers it is held for."""
 
-    def __init__(self, loading: asyncio.Task[LoadedModel | LoadedEncoder], need: MemoryNeed) -> None:
+    def __init__(self, loading: asyncio.Task[LoadedModel | LoadedEncoder]) -> None:
         self.loading = loading
-        self.need = need
+        self.need = MemoryNeed(0, 0)  # until it is known
         self.users = 0
         self.last_used = 0
         self.name = ""  # by which it was asked last
@@ -104,11 +125,10 @@ class ModelPool:
     """Running models by name. Everything but the constructor belongs to one event loop.
 
     Args:
-        resolve: Returns the served model folder of (project, name), or raises NotFoundError. It is asked for every
-            request, in a worker thread, so that an alias can be pointed elsewhere at any time. Names of one folder
-            share an engine.
+        resolve: Returns the model that (project, name) means, or raises NotFoundError. It is asked for every request,
+            in a worker thread, so that an alias can be pointed elsewhere at any time.
         names: Returns the models that a project may list.
-        resolve_encoder: As ``resolve``, for models that read: returns the folder of an encoder's weights.
+        resolve_encoder: As ``resolve``, for models that read: the folder is that of an encoder's weights.
         max_loaded: How many engines may run at once; the least recently used idle one makes room.
         memory_bytes: How much memory all engines together may hold; None takes a share of the machine's. Idle engines
             make room for one that is to be loaded, and when those that run have grown beyond it.
@@ -117,7 +137,7 @@ class ModelPool:
             run elsewhere, with a memory of its own, and only ``max_loaded`` bounds it.
         room_deadline_seconds: How long a request waits for room when all engines are busy.
         sweep_seconds: How often deleted models and grown engines are looked for.
-        limits: How many requests one engine takes at once, and how long each may take.
+        limits: How many answers one engine is asked for at once, and how long a request may take.
     """
 
     def __init__(
@@ -149,20 +169,32 @@ class ModelPool:
         self._clock = itertools.count(1)
         self._released = asyncio.Event()
         self._closed = False
+        self._maker = ThreadPoolExecutor(1, "make")  # each holds a whole model in memory
         self.metrics = ModelMetrics()
 
     def models(self, project: str = DEFAULT_PROJECT) -> list[ServedModelInfo]:
         """Return the models that a project may list."""
         return self._names(project)
 
-    def check(self, name: str, project: str = DEFAULT_PROJECT) -> None:
-        """Raise what :meth:`lease` would, where a project has no model of that name that writes.
+    def meant(self, name: str, project: str = DEFAULT_PROJECT) -> str:
+        """Return the own name of the model that a name means: one that writes, or reads.
+
+        Raises:
+            NotFoundError: no such model.
+        """
+        try:
+            return self.writer(name, project)
+        except InputError:
+            return self._resolve_encoder(project, name).name
+
+    def writer(self, name: str, project: str = DEFAULT_PROJECT) -> str:
+        """Return the own name of the model that a name means, which :meth:`lease` would load.
 
         Raises:
             NotFoundError: no such model.
             InputError: the model does not write.
         """
-        self._resolve(project, name)
+        return self._resolve(project, name).name
 
     @property
     def loaded(self) -> list[LoadedModel]:
@@ -182,21 +214,26 @@ class ModelPool:
         return [EngineInfo(name, engine.memory_bytes, engine.in_flight) for name, engine in running]
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str, project: str = DEFAULT_PROJECT) -> AsyncIterator[LoadedModel]:
-        """Hold a model of a project for one request; it is loaded if need be, and is not unloaded before the end.
+    async def lease(self, name: str, project: str = DEFAULT_PROJECT, answers: int = 1) -> AsyncIterator[LoadedModel]:
+        """Hold a model of a project for a request; it is loaded if need be, and is not unloaded before the end.
+
+        Args:
+            name: What the request calls it.
+            project: Whose request it is.
+            answers: How many the engine is asked for.
 
         Raises:
             NotFoundError: no such model.
             InputError: the model does not write.
             EngineError: the model cannot be loaded.
-            CapacityError: the model is larger than all engines may be, or they stayed busy until the deadline.
-            ApiError: 429, where the model is asked by as many as it takes; 504, where it was not loaded in time.
+            CapacityError: the model is larger than all engines may be.
+            BusyError: all engines stayed busy until the deadline.
+            ApiError: 429, where the model is asked for as much as it takes; 504, where it was not loaded in time.
         """
-        folder = await asyncio.to_thread(self._resolve, project, name)
-        need = need_of(folder, self._options.cache_gigabytes)
+        resolved = await asyncio.to_thread(self._resolve, project, name)
         deadline = Deadline(self._limits.seconds)
-        async with self._hold(name, folder, need, self._load_model, deadline) as loaded:
-            yield replace(loaded, engine=MeteredEngine(loaded.engine, name, self.metrics, deadline))
+        async with self._hold(resolved, answers, self._load_model, deadline) as loaded:
+            yield replace(loaded, engine=MeteredEngine(loaded.engine, resolved.name, self.metrics, deadline))
 
     @contextlib.asynccontextmanager
     async def lease_encoder(self, name: str, project: str = DEFAULT_PROJECT) -> AsyncIterator[LoadedEncoder]:
@@ -206,13 +243,14 @@ class ModelPool:
             NotFoundError: no such model.
             InputError: the model is no encoder.
             EngineError: the model cannot be loaded.
-            CapacityError: the model is larger than all engines may be, or they stayed busy until the deadline.
-            ApiError: 429, where the model is asked by as many as it takes; 504, where it was not loaded in time.
+            CapacityError: the model is larger than all engines may be.
+            BusyError: all engines stayed busy until the deadline.
+            ApiError: 429, where the model is asked for as much as it takes; 504, where it was not loaded in time.
         """
-        folder = await asyncio.to_thread(self._resolve_encoder, project, name)
+        resolved = await asyncio.to_thread(self._resolve_encoder, project, name)
         deadline = Deadline(self._limits.seconds)
-        async with self._hold(name, folder, encoder_need(folder), self._load_encoder, deadline) as loaded:
-            yield replace(loaded, engine=MeteredEncoder(loaded.engine, name, self.metrics, deadline))
+        async with self._hold(resolved, 1, self._load_encoder, deadline) as loaded:
+            yield replace(loaded, engine=MeteredEncoder(loaded.engine, resolved.name, self.metrics, deadline))
 
     async def close(self) -> None:
         """End all engines; requests in flight fail."""
@@ -220,74 +258,73 @@ class ModelPool:
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
+        self._maker.shutdown(wait=False, cancel_futures=True)
         slots, self._slots = list(self._slots.values()), {}
         await asyncio.gather(*(_unload(slot) for slot in slots))
 
     @contextlib.asynccontextmanager
     async def _hold(
-        self,
-        name: str,
-        folder: Path,
-        need: MemoryNeed,
-        load: Callable[[Path], Awaitable[Loaded]],
-        deadline: Deadline,
+        self, resolved: Resolved, answers: int, load: Load[Loaded], deadline: Deadline
     ) -> AsyncIterator[Loaded]:
-        slot = self._slot(folder, need, load)
-        self._limits.check(slot.users, name)
-        slot.users += 1
-        slot.name = name
+        slot = self._slot(resolved, load)
+        self._limits.check(slot.users, resolved.name)
+        slot.users += answers
+        slot.name = resolved.name
         try:
-            with self.metrics.wait_for(name):
+            with self.metrics.wait_for(resolved.name):
                 async with deadline.within():
                     loaded = await asyncio.shield(slot.loading)
             yield cast("Loaded", loaded)
         finally:
-            slot.users -= 1
+            slot.users -= answers
             slot.last_used = next(self._clock)
             self._released.set()
 
-    def _slot(self, folder: Path, need: MemoryNeed, load: Callable[[Path], Awaitable[Loaded]]) -> _Slot:
+    def _slot(self, resolved: Resolved, load: Load[Loaded]) -> _Slot:
         if self._closed:
             raise EngineError("The server is shutting down.")
-        slot = self._slots.get(folder)
+        slot = self._slots.get(resolved.folder)
         if slot is None or slot.broken:
-            replaced = self._slots.pop(folder, None)  # the new one takes its place behind those that run
-            loading = asyncio.create_task(self._load(folder, need, replaced, load))
-            slot = self._slots[folder] = _Slot(loading, need)
+            replaced = self._slots.pop(resolved.folder, None)  # the new one takes its place behind those that run
+            loading = asyncio.create_task(self._load(resolved, replaced, load))
+            slot = self._slots[resolved.folder] = _Slot(loading)
             self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
         return slot
 
     async def _load(
-        self, folder: Path, need: MemoryNeed, replaced: _Slot | None, load: Callable[[Path], Awaitable[Loaded]]
+        self, resolved: Resolved, replaced: _Slot | None, load: Load[Loaded]
     ) -> LoadedModel | LoadedEncoder:
         if replaced is not None:
             await _unload(replaced)
+        if resolved.make is not None:
+            await asyncio.get_running_loop().run_in_executor(self._maker, resolved.make)
+        return await load(resolved)
+
+    async def _load_model(self, resolved: Resolved) -> LoadedModel:
+        chat_format = await asyncio.to_thread(ChatFormat.load, resolved.chat_folder or resolved.folder)
+        await self._make_room(resolved.folder, need_of(resolved.folder, self._options.cache_gigabytes))
+        engine = await self._start(resolved.folder, self._options)
+        context = min(filter(None, (engine.context_length, chat_format.context_length)))
+        return LoadedModel(engine, replace(chat_format, context_length=context))
+
+    async def _load_encoder(self, resolved: Resolved) -> LoadedEncoder:
+        embedding_format = await asyncio.to_thread(EmbeddingFormat.load, resolved.folder)
+        await self._make_room(resolved.folder, encoder_need(resolved.folder))
+        return LoadedEncoder(await EncoderProcess.start(resolved.folder, self._options.threads), embedding_format)
+
+    def _running(self) -> list[LoadedModel | LoadedEncoder]:
+        slots = [slot for slot in self._slots.values() if slot.loading.done() and not slot.broken]
+        return [slot.loading.result() for slot in slots]
+
+    async def _make_room(self, folder: Path, need: MemoryNeed) -> None:
+        """Unload idle models until this one is within the limits, waiting for busy ones to become idle."""
         if need.least_bytes > self._memory_bytes:
             raise CapacityError(
                 f"The model in {folder.name} needs {need.least_bytes / GIGABYTE:.1f} GiB, and engines may hold "
                 f"{self._memory_bytes / GIGABYTE:.1f} GiB in all.",
                 hint="let engines hold more: LUTHIER_ENGINE_MEMORY",
             )
-        return await load(folder)
-
-    async def _load_model(self, folder: Path) -> LoadedModel:
-        chat_format = await asyncio.to_thread(ChatFormat.load, folder)
-        await self._make_room(folder)
-        engine = await self._start(folder, self._options)
-        context = min(filter(None, (engine.context_length, chat_format.context_length)))
-        return LoadedModel(engine, replace(chat_format, context_length=context))
-
-    async def _load_encoder(self, folder: Path) -> LoadedEncoder:
-        embedding_format = await asyncio.to_thread(EmbeddingFormat.load, folder)
-        await self._make_room(folder)
-        return LoadedEncoder(await EncoderProcess.start(folder, self._options.threads), embedding_format)
-
-    def _running(self) -> list[LoadedModel | LoadedEncoder]:
-        slots = [slot for slot in self._slots.values() if slot.loading.done() and not slot.broken]
-        return [slot.loading.result() for slot in slots]
-
-    async def _make_room(self, folder: Path) -> None:
-        """Unload idle models until this one is within the limits, waiting for busy ones to become idle."""
+        self._slots[folder].need = need
         deadline = asyncio.get_running_loop().time() + self._room_deadline_seconds
         while not self._has_room(folder):
             self._released.clear()
@@ -297,7 +334,7 @@ class ModelPool:
                 async with asyncio.timeout_at(deadline):
                     await self._released.wait()
             except TimeoutError:
-                raise CapacityError(
+                raise BusyError(
                     f"The models that run ({self._max_loaded} at most, {self._memory_bytes / GIGABYTE:.1f} GiB) stayed "
                     f"busy for {self._room_deadline_seconds:g} seconds.",
                     hint="try again, or let engines hold more: LUTHIER_ENGINE_MEMORY, LUTHIER_MAX_LOADED",

@@ -109,15 +109,22 @@ def checkpoint_bytes(store: Store, checkpoint: Checkpoint) -> int:
     return sum(folder_bytes(store.artifacts.path(_key(checkpoint, kind))) for kind in FORMS)
 
 
+def served_place(store: Store, checkpoint: Checkpoint) -> Path:
+    """Return the folder from which a checkpoint is served, whether it is there already or not."""
+    return store.artifacts.path(_key(checkpoint, SERVED))
+
+
 def checkpoint_folder(store: Store, checkpoint: Checkpoint) -> Path:
     """Return the folder from which a checkpoint is served; it is made on first use, in a process of its own.
 
     Raises:
         EngineError: it could not be made.
     """
-    folder = store.artifacts.path(_key(checkpoint, SERVED))
+    folder = served_place(store, checkpoint)
+    if folder.is_dir():
+        return folder
     with _making:
-        if folder.is_dir():
+        if folder.is_dir():  # by now
             return folder
         command = [*MAKER, "--home", str(store.home), "--project", checkpoint.project, "--id", checkpoint.id]
         made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

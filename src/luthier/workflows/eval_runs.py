@@ -64,7 +64,7 @@ def create_run(
     name: str | None,
     data_source: Json,
     metadata: Metadata | None,
-    check_model: Callable[[str], None],
+    check_model: Callable[[str], object],
 ) -> EvalRun:
     """Put a run of an eval into the queue. ``check_model`` raises where the project can ask no model of a name.
 
@@ -294,7 +294,7 @@ def _checked(store: Store, project: str, eval: Eval, data_source: Json) -> RunSo
     return source
 
 
-def _check_model(check: Callable[[str], None], name: str) -> None:
+def _check_model(check: Callable[[str], object], name: str) -> None:
     try:
         check(name)
     except NotFoundError as error:

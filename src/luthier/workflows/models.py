@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,7 @@ from luthier.workflows.checkpoints import (
     is_checkpoint,
     remove_checkpoint,
     remove_checkpoints,
+    served_place,
 )
 from luthier.workflows.sharing import owner_of
 
@@ -244,21 +246,36 @@ def served_folder(store: Store, name: str, *, project: str | None = None) -> Pat
         NotFoundError: there is no model of that name.
         InputError: the model has no GGUF form.
     """
+    folder, make = served_form(store, name, project=project)
+    if make is not None:
+        make()
+    return folder
+
+
+def served_form(store: Store, name: str, *, project: str | None = None) -> tuple[Path, Callable[[], object] | None]:
+    """Return the folder of :func:`served_folder`, and what makes it where a checkpoint's is not there yet.
+
+    Raises:
+        NotFoundError: there is no model of that name.
+        InputError: the model has no GGUF form.
+    """
     if name.startswith("ft:"):
         owner = owner_of(store, project, name) if project is not None else None
         if is_checkpoint(name):
-            return checkpoint_folder(store, checkpoint_named(store, owner, name))
+            checkpoint = checkpoint_named(store, owner, name)
+            folder = served_place(store, checkpoint)
+            return folder, None if folder.is_dir() else partial(checkpoint_folder, store, checkpoint)
         model = store.models.get(name, project=owner)
         if SERVED_FORM not in model.artifacts:
             raise InputError(f"The model {model.name!r} is a {model.product} and writes no answers: it is not served.")
-        return store.models.artifact_folder(model.artifacts[SERVED_FORM])
+        return store.models.artifact_folder(model.artifacts[SERVED_FORM]), None
     info = decoder(store, name)
     folder = _base_gguf_folder(store, info)
     if not (folder / GGUF_FILE).is_file():
         raise InputError(
             f"The base model {name!r} ({info.architecture}) has no GGUF form, so it cannot be served here."
         )
-    return folder
+    return folder, None
 
 
 def export(store: Store, name: str, form: ExportFormat, destination: Path) -> Artifact:

@@ -13,15 +13,17 @@ from pathlib import Path
 from luthier.errors import EngineError, InputError, LuthierError, NotFoundError
 from luthier.llm.engine_interface import Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
-from luthier.llm.engine_servers import EngineServers, Servable
+from luthier.llm.engine_servers import ADAPTERS_FLAG, EngineServers, Servable
 from luthier.records.base_model import BaseModelInfo
+from luthier.records.model import Artifact
 from luthier.serve.deadline import RequestLimits
-from luthier.serve.pool import MAX_LOADED, ModelPool, ServedModelInfo
+from luthier.serve.pool import MAX_LOADED, ModelPool, Resolved, ServedModelInfo
 from luthier.settings import Settings
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
-from luthier.workflows.models import GGUF_FILE, SERVED_FORM, decoder, encoder_folder, model_named, served_folder
-from luthier.workflows.sharing import models_shared_with
+from luthier.workflows.checkpoints import checkpoint_named, is_checkpoint
+from luthier.workflows.models import GGUF_FILE, SERVED_FORM, decoder, encoder_folder, model_named, served_form
+from luthier.workflows.sharing import models_shared_with, owner_of
 
 STOP_SECONDS = 15.0
 HERE = "openvino"
@@ -54,24 +56,28 @@ def model_pool(
     servers = EngineServers(settings.engine, settings.engine_api_key) if settings and settings.engine != HERE else None
     servables: dict[Path, Servable] = {}
 
-    def resolve(project: str, name: str) -> Path:
+    def resolve(project: str, name: str) -> Resolved:
         if name in folders:
-            return folders[name]
+            return Resolved(name, folders[name])
         if only_extra:
             raise NotFoundError(f"The model {name!r} does not exist.")
         known = model_named(store, project, name, stand_ins)
-        if servers is None:
-            return served_folder(store, known, project=project)
-        folder, servable = _servable(store, known, project, servers)
-        servables[folder] = servable
-        return folder
+        if servers is None or servers.takes_gguf:
+            folder, make = served_form(store, known, project=project)
+            found = Resolved(known, folder, make)
+            servable = Servable(known, folder, (known,), gguf=folder / GGUF_FILE)
+        else:
+            found, servable = _servable(store, known, project, adapters=servers.takes_adapters)
+        servables[found.folder] = servable
+        return found
 
-    def resolve_encoder(project: str, name: str) -> Path:
+    def resolve_encoder(project: str, name: str) -> Resolved:
         if name in folders:
             raise InputError(f"The model {name!r} writes answers; vectors of texts come from an encoder.")
         if only_extra:
             raise NotFoundError(f"The model {name!r} does not exist.")
-        return encoder_folder(store, model_named(store, project, name, stand_ins), project=project)
+        known = model_named(store, project, name, stand_ins)
+        return Resolved(known, encoder_folder(store, known, project=project))
 
     async def start(folder: Path, options: EngineOptions) -> Engine:
         if servers is None or folder not in servables:
@@ -127,29 +133,37 @@ def _check_extra(folders: Mapping[str, Path]) -> None:
         )
 
 
-def _servable(store: Store, name: str, project: str, servers: EngineServers) -> tuple[Path, Servable]:
-    """Return the folder of a model's chat format, and what a server needs to run the model.
+def _servable(store: Store, name: str, project: str, *, adapters: bool) -> tuple[Resolved, Servable]:
+    """Return where a model is, and what a server of safetensors needs to run it.
 
     Raises:
         NotFoundError: the project has no model of that name.
-        InputError: the model writes no answers, or has no GGUF form for a server that reads one.
+        InputError: the model writes no answers, or cannot be had without loading adapters.
     """
-    if servers.takes_gguf:
-        folder = served_folder(store, name, project=project)
-        return folder, Servable(name, folder, (name,), gguf=folder / GGUF_FILE)
     if not name.startswith("ft:"):
         base = decoder(store, name)
         folder = store.models.base_folder(base)
-        return folder, Servable(name, folder, _names_of(base))
-    model = store.models.get(name, project=project)
+        return Resolved(name, folder), Servable(name, folder, _names_of(base))
+    owner = owner_of(store, project, name)
+    if is_checkpoint(name):
+        checkpoint = checkpoint_named(store, owner, name)
+        if not adapters:
+            raise InputError(f"The checkpoint {name!r} is an adapter, and the server loads none ({ADAPTERS_FLAG}).")
+        return _adapted(store, name, checkpoint.base, checkpoint.adapter)
+    model = store.models.get(name, project=owner)
     if model.product != "generator":
         raise InputError(f"The model {model.name!r} is a {model.product} and writes no answers: it is not served.")
+    if adapters and "adapter" in model.artifacts:
+        return _adapted(store, model.name, model.base, model.artifacts["adapter"])
     merged = store.models.artifact_folder(model.artifacts["merged"])
-    if "adapter" not in model.artifacts or not servers.takes_adapters:
-        return merged, Servable(model.name, merged, (model.name,))
-    base = decoder(store, model.base)
-    adapter = store.models.artifact_folder(model.artifacts["adapter"])
-    return merged, Servable(model.name, store.models.base_folder(base), _names_of(base), adapter=adapter)
+    return Resolved(model.name, merged), Servable(model.name, merged, (model.name,))
+
+
+def _adapted(store: Store, name: str, base_id: str, artifact: Artifact) -> tuple[Resolved, Servable]:
+    base = decoder(store, base_id)
+    weights, adapter = store.models.base_folder(base), store.models.artifact_folder(artifact)
+    found = Resolved(name, adapter, chat_folder=weights)  # a tuned model has the chat format of its base
+    return found, Servable(name, weights, _names_of(base), adapter=adapter)
 
 
 def _names_of(base: BaseModelInfo) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from luthier.errors import InputError, NotFoundError
 from luthier.records.access import Caller
 from luthier.records.stored import Metadata
 from luthier.serve.api_error import ApiError, model_not_found
-from luthier.serve.chat import complete_chat, prepared_chat, stream_chat, stream_chat_text
+from luthier.serve.chat import Chat, complete_chat, prepared_chat, stream_chat, stream_chat_text
 from luthier.serve.chat_request import ChatRequest, refuse_unsupported
 from luthier.serve.pool import LoadedModel
 from luthier.store.collection import Order
@@ -46,8 +46,10 @@ async def create_chat_completion(body: ChatRequest, request: Request, caller: Re
     refuse_unsupported(body)
     log = ChatLog(request, caller, body) if body.store else None
     async with AsyncExitStack() as resources:
-        loaded = await lease(resources, service, caller, body.model)
-        chat = await prepared_chat(counted(body) if log else body, loaded)
+        asked = counted(body) if log else body
+        chat = await unless_disconnected(request, _prepared(resources, service, caller, asked))
+        if chat is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         if body.stream:
             events = chunk_events(log.keeping(stream_chat(chat)) if log else stream_chat_text(chat))
             return EventStream(events, resources.pop_all())
@@ -113,16 +115,23 @@ def list_messages(
     return list_of(message_page(stored, after=after, limit=limit, order=order), dict)
 
 
-async def lease(resources: AsyncExitStack, service: Service, caller: Caller, name: str) -> LoadedModel:
-    """Hold a model until the resources are freed; it is loaded if need be.
+async def _prepared(resources: AsyncExitStack, service: Service, caller: Caller, body: ChatRequest) -> Chat:
+    loaded = await lease(resources, service, caller, body.model, body.n or 1)
+    return await prepared_chat(body, loaded)
+
+
+async def lease(
+    resources: AsyncExitStack, service: Service, caller: Caller, name: str, answers: int = 1
+) -> LoadedModel:
+    """Hold a model for so many answers until the resources are freed; it is loaded if need be.
 
     Raises:
         ApiError: 404, where the caller has no model of that name; 400, where it is one that does not write.
         EngineError: the model cannot be loaded.
-        CapacityError: all engines stayed busy.
+        BusyError: all engines stayed busy.
     """
     try:
-        return await resources.enter_async_context(service.pool.lease(name, caller.project))
+        return await resources.enter_async_context(service.pool.lease(name, caller.project, answers))
     except NotFoundError as error:
         raise model_not_found(str(error)) from error
     except InputError as error:

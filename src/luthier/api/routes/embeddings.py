@@ -21,11 +21,17 @@ router = APIRouter(prefix="/v1/embeddings", tags=["embeddings"])
 async def create_embeddings(body: EmbeddingRequest, request: Request, caller: Reader, service: TheService) -> Response:
     """Make a vector of each text."""
     async with AsyncExitStack() as resources:
-        loaded = await lease_encoder(resources, service, caller, body.model)
-        answer = await unless_disconnected(request, embed(body, loaded, _encoding(body, request)))
+        encoding = _encoding(body, request)
+        answer = await unless_disconnected(request, _embedded(resources, service, caller, body, encoding))
     if answer is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(answer, media_type="application/json")
+
+
+async def _embedded(
+    resources: AsyncExitStack, service: Service, caller: Caller, body: EmbeddingRequest, encoding: EncodingFormat
+) -> bytes:
+    return await embed(body, await lease_encoder(resources, service, caller, body.model), encoding)
 
 
 async def lease_encoder(resources: AsyncExitStack, service: Service, caller: Caller, name: str) -> LoadedEncoder:
@@ -34,7 +40,7 @@ async def lease_encoder(resources: AsyncExitStack, service: Service, caller: Cal
     Raises:
         ApiError: 404, where the caller has no model of that name; 400, where it is no encoder.
         EngineError: the model cannot be loaded.
-        CapacityError: all engines stayed busy.
+        BusyError: all engines stayed busy.
     """
     try:
         return await resources.enter_async_context(service.pool.lease_encoder(name, caller.project))

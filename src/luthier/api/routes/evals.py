@@ -100,7 +100,7 @@ def remove_eval(eval_id: str, caller: Writer, service: TheService) -> dict[str, 
 @router.post("/{eval_id}/runs", status_code=201)
 def create_run(eval_id: str, body: RunRequest, request: Request, caller: Writer, service: TheService) -> dict[str, Any]:
     """Put a run of an eval into the queue."""
-    check_model = partial(service.pool.check, project=caller.project)
+    check_model = partial(service.pool.writer, project=caller.project)
     run = eval_runs.create_run(
         service.store, caller.project, eval_id, body.name, body.data_source, body.metadata, check_model
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
 
 from luthier.api.service import Reader, TheService, Writer
-from luthier.errors import NotFoundError, did_you_mean
+from luthier.errors import InputError, NotFoundError, did_you_mean
 from luthier.serve.api_error import ApiError, model_not_found
 from luthier.serve.pool import ServedModelInfo
 from luthier.workflows.models import delete_model
@@ -25,9 +26,14 @@ def list_models(caller: Reader, service: TheService) -> dict[str, Any]:
 def retrieve_model(model: str, caller: Reader, service: TheService) -> dict[str, Any]:
     """Describe one model."""
     models = {info.name: info for info in service.pool.models(caller.project)}
-    if model not in models:
-        raise model_not_found(f"The model {model!r} does not exist.{did_you_mean(model, models)}")
-    return _model(models[model])
+    if model in models:
+        return _model(models[model])
+    try:
+        meant = service.pool.meant(model, caller.project)  # a stand-in, which is not listed
+    except (NotFoundError, InputError) as error:
+        message = f"The model {model!r} does not exist.{did_you_mean(model, models)}"
+        raise model_not_found(message) from error
+    return _model(replace(models[meant], name=model, root=models[meant].root or meant))
 
 
 @router.delete("/{model:path}")
