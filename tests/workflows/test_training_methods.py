@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from luthier.errors import InputError
 from luthier.evaluate.engine.classifying import Classifier
@@ -45,7 +49,9 @@ def labelled(count: int = 60) -> list[dict[str, Any]]:
     return [{"text": f"{WORDS[i % 2]} number {i}", "label": WORDS[i % 2], "value": i % 2} for i in range(count)]
 
 
-def train(store: Store, folder: Path, rows: list[dict[str, Any]], base: str, **options: Any) -> TunedModel:
+def train(
+    store: Store, folder: Path, rows: list[dict[str, Any]], base: str, adapter: Path | None = None, **options: Any
+) -> TunedModel:
     path = folder / "data.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     import_dataset(store, path, "data")
@@ -56,6 +62,7 @@ def train(store: Store, folder: Path, rows: list[dict[str, Any]], base: str, **o
         store,
         TrainRequest(
             base=base,
+            adapter=adapter,
             dataset=dataset.reference,
             options=TrainingConfig.model_validate({**fast, **options}),
             parity_prompts=6,
@@ -119,6 +126,31 @@ def test_a_classifier_on_an_encoder_labels_what_its_test_measured(
     assert model.training.test_metrics["accuracy"] > 0.9
     predicted = Classifier(store.models.artifact_folder(model.artifacts["merged"])).predict(["order number 7"])
     assert predicted[0].label == "order"
+
+
+def test_training_goes_on_from_an_adapter_that_was_made_elsewhere(
+    store: Store, tiny_base: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    elsewhere = tmp_path / "elsewhere"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(elsewhere)
+    model = train(store, tmp_path, pairs(), "tiny-base", adapter=elsewhere, method="dpo", learning_rate=1e-3, epochs=1)
+    assert (model.hyperparameters.lora_rank, model.hyperparameters.lora_alpha) == (3, 6)
+    assert model.parent == str(elsewhere)
+    assert model.parity is not None
+    assert model.parity.passed
+    before = load_file(elsewhere / "adapter_model.safetensors")
+    after = load_file(store.models.artifact_folder(model.artifacts["adapter"]) / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(0 < float((after[name] - before[name]).abs().max()) < 0.5 for name in before)
+    with pytest.raises(InputError, match="lora_rank"):
+        train(store, tmp_path, pairs(), "tiny-base", adapter=elsewhere, method="dpo", lora_rank=4)
+    (elsewhere / "adapter_config.json").write_text(json.dumps(config.to_dict() | {"peft_type": "IA3"}, default=str))
+    with pytest.raises(InputError, match="peft_type='IA3'"):
+        train(store, tmp_path, pairs(), "tiny-base", adapter=elsewhere, method="dpo")
+    with pytest.raises(InputError, match="does not say which rank"):
+        train(store, tmp_path, pairs(), "tiny-base", adapter=tmp_path / "nothing", method="dpo")
 
 
 def test_a_classifier_goes_on_with_its_own_labels(store: Store, tiny_encoder: Path, tmp_path: Path) -> None:

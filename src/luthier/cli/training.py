@@ -17,6 +17,7 @@ def train(
     dataset: str = typer.Argument(None, help="A divided dataset: name, or name@version."),
     template: str = typer.Option(None, "--template", "-t", help="A saved template; none for conversations."),
     base: str = typer.Option("smollm2-135m", "--base", "-b", help="A base model that was pulled."),
+    adapter: Path = typer.Option(None, help="A folder with an adapter for the base (PEFT's files) to go on from."),
     suffix: str = typer.Option("", help="Stands in the model's name: letters, digits, . _ -"),
     method: str = typer.Option(
         None, "--method", "-m", help="supervised, raw_text, dpo, orpo, kto, reward, classification or regression."
@@ -51,6 +52,7 @@ def train(
         TrainRequest,
         "training run",
         base=base,
+        adapter=adapter.absolute() if adapter else None,
         dataset=store.datasets.get(dataset).reference,
         template=store.templates.get(template).reference if template else None,
         suffix=suffix,

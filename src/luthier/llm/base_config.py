@@ -112,20 +112,40 @@ def same_positions_up_to(config: Mapping[str, Any]) -> int:
     return UNBOUNDED
 
 
+USUAL_ADAPTER: dict[str, Any] = {
+    "peft_type": "LORA",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+}
+
+
 def read_adapter(folder: Path) -> AdapterShape:
     """Read what an adapter is from its ``adapter_config.json``, as PEFT writes it.
 
     Raises:
-        InputError: there is none that says it.
+        InputError: there is none that says it, or it is of a kind that is not known here.
     """
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
+        strange = [name for name, usual in USUAL_ADAPTER.items() if (config.get(name) or usual) != usual]
+        if strange:
+            said = ", ".join(f"{name}={config[name]!r}" for name in strange)
+            raise InputError(f"{path} is of a kind of adapter that is not known here: {said}.")
         mode: Literal["lora", "rslora", "dora"] = "lora"
         if config.get("use_rslora") or config.get("use_dora"):
             mode = "dora" if config.get("use_dora") else "rslora"
         return AdapterShape(
-            mode=mode, rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout") or 0.0
+            mode=mode,
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout") or 0.0,
+            base=config.get("base_model_name_or_path"),
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} does not say which rank and scale its adapter has.") from error

@@ -69,7 +69,7 @@ class TunedModel(Record):
     """A tuned model in the registry: all that is needed to make it again, and what it is worth.
 
     ``product`` says what it does: write, score an answer, or label a text with one of ``labels``.
-    ``parent`` is the tuned model from whose adapter training went on.
+    ``parent`` is the tuned model, or the folder from elsewhere, from whose adapter training went on.
     """
 
     name: str

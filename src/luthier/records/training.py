@@ -132,12 +132,13 @@ class TrainingConfig(Record):
 
 
 class AdapterShape(Record):
-    """What is fixed where training goes on from an adapter."""
+    """What is fixed where training goes on from an adapter. ``base`` is the model that it says it was made on."""
 
     mode: Literal["lora", "rslora", "dora"] = "lora"
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     dropout: float = 0.0
+    base: str | None = None
 
 
 class Resolved(Record):

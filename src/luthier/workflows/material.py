@@ -24,7 +24,7 @@ from luthier.records.model import TunedModel, check_suffix
 from luthier.records.objectives import PAIRED, product
 from luthier.records.record import Record
 from luthier.records.template import TemplateVersion
-from luthier.records.training import TrainingConfig, TrainingPlan
+from luthier.records.training import Derived, TrainingConfig, TrainingPlan
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.labelled import TextRenderer, label_names, labelled_texts, load_tokenizer, tokenize_labelled
@@ -53,12 +53,13 @@ class TrainRequest(Record):
     """What to train: a base on a divided dataset through a template, or on uploaded files.
 
     Of ``files`` the run makes a dataset with a training and perhaps a validation side, but no test side.
-    ``base`` is a base model, or a tuned one (``ft:…``) from whose adapter training goes on. ``parity_prompts``
-    held-out prompts prove that adapter, merged, GGUF and served model agree on at least ``parity_limit`` of the answer
-    tokens; 0 leaves the proof out.
+    ``base`` is a base model, or a tuned one (``ft:…``) from whose adapter training goes on; ``adapter`` is a folder
+    with an adapter from elsewhere (PEFT's files) to go on from. ``parity_prompts`` held-out prompts prove that adapter,
+    merged, GGUF and served model agree on at least ``parity_limit`` of the answer tokens; 0 leaves the proof out.
     """
 
     base: str
+    adapter: Path | None = None
     dataset: str | None = None
     files: TrainingFiles | None = None
     template: str | None = None
@@ -71,6 +72,8 @@ class TrainRequest(Record):
     def _learn_from_one_source(self) -> Self:
         if (self.dataset is None) == (self.files is None):
             raise ValueError("name a dataset, or files, to learn from")
+        if self.adapter is not None and self.base.startswith("ft:"):
+            raise ValueError("an adapter belongs to a base model, and a tuned model has its own")
         return self
 
 
@@ -109,7 +112,12 @@ class Prepared:
         )
         sizes = shape(self.base_folder, self.base.parameters)
         start = read_adapter(self.start_adapter) if self.start_adapter else None
-        return plan_training(known, options, sizes, machine, start)
+        made = plan_training(known, options, sizes, machine, start)
+        if start is None or self.request.adapter is None or start.base in (None, self.base.id):
+            return made
+        reason = f"it says that it was made on {start.base}, which is taken to be {self.base.id}"
+        note = Derived(name="adapter", value=str(self.start_adapter), reason=reason)
+        return made.model_copy(update={"reasons": (*made.reasons, note)})
 
 
 def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Path) -> Prepared:
@@ -130,6 +138,9 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     _check_kind(base, options)
     if start is not None:
         _check_going_on(start, base, options)
+    start_adapter = store.models.artifact_folder(start.artifacts["adapter"]) if start else request.adapter
+    if start_adapter is not None:
+        _check_given(start.name if start else str(start_adapter), options)
     if writes:
         served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
     if request.dataset is None:
@@ -156,7 +167,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         request=request,
         base=base,
         base_folder=folder,
-        start_adapter=store.models.artifact_folder(start.artifacts["adapter"]) if start else None,
+        start_adapter=start_adapter,
         dataset=dataset,
         template=template,
         chat_format=reader.chat_format,
@@ -311,7 +322,7 @@ def _check_kind(base: BaseModelInfo, options: TrainingConfig) -> None:
 
 
 def _check_going_on(start: TunedModel, base: BaseModelInfo, options: TrainingConfig) -> None:
-    """Refuse what does not fit the adapter that training is to go on from, and options that it has decided."""
+    """Refuse a method and a base that do not fit the tuned model that training is to go on from."""
     before = start.hyperparameters.method
     if product(before) != product(options.method) or (product(before) != "generator" and before != options.method):
         raise InputError(
@@ -324,6 +335,10 @@ def _check_going_on(start: TunedModel, base: BaseModelInfo, options: TrainingCon
             f"the one that is here now ({base.sha256[:12]}).",
             hint="pull the base that it was trained on",
         )
+
+
+def _check_given(adapter: str, options: TrainingConfig) -> None:
+    """Refuse options that an adapter which is there already has decided."""
     fields = TrainingConfig.model_fields
     given = [
         name for name in ("lora_rank", "lora_alpha", "lora_dropout") if getattr(options, name) != fields[name].default
@@ -331,7 +346,7 @@ def _check_going_on(start: TunedModel, base: BaseModelInfo, options: TrainingCon
     if options.mode not in ("lora", "qlora") or given:
         chosen = [f"mode={options.mode}", *given]
         raise InputError(
-            f"Training goes on from the adapter of {start.name}, so its kind, rank and scale are given: "
+            f"Training goes on from the adapter of {adapter}, so its kind, rank and scale are given: "
             f"{', '.join(chosen)}.",
             hint="leave these options out, or start from the base model; for mode full, export the merged form and "
             "pull that folder as a base",

@@ -252,7 +252,7 @@ def _record(
         parity=parity,
         artifacts=artifacts,
         licence=prepared.base.licence,
-        parent=prepared.request.base if prepared.start_adapter else None,
+        parent=str(prepared.request.adapter or prepared.request.base) if prepared.start_adapter else None,
         product=product(prepared.request.options.method),
         labels=prepared.labels,
         created_at=datetime.now(UTC),
