@@ -20,6 +20,7 @@ from luthier.records.base_model import Machine
 from luthier.records.objectives import PAIRED
 from luthier.records.training import ADAPTERS, StepMetrics, TrainingConfig, TrainingResult
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
+from luthier.templates.spool import SpooledExamples, SpooledPairs
 from luthier.train.engine import checkpoint
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
 from luthier.train.engine.samples import answer_samples
@@ -375,3 +376,13 @@ def put_back(model: Any, folder: Path) -> None:
     checkpoint.load_best(folder, model)
     for name, parameter in checkpoint.trainable(model).items():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo", "kto"])
+def test_units_on_disk_give_the_numbers_of_those_in_memory(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    job = make_job(tiny_base, tmp_path / "held", method=method)
+    kind: Any = SpooledPairs if method == "dpo" else SpooledExamples
+    spooled = replace(job, examples=kind.write(tmp_path / "units", job.examples), folder=tmp_path / "spooled")
+    (held, _, _), (read, _, _) = run(job), run(spooled, stop_at=5)
+    read += run(spooled)[0]  # goes on from disk, too
+    assert [one.train_loss for one in read] == [one.train_loss for one in held]

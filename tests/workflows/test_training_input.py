@@ -17,6 +17,7 @@ from luthier.records.template import Template
 from luthier.records.training import TrainingConfig
 from luthier.store.store import Store
 from luthier.templates import renderer
+from luthier.templates.renderer import TokenizedExample, TokenizedPair
 from luthier.workflows.datasets import import_dataset, split_dataset
 from luthier.workflows.models import pull
 from luthier.workflows.templates import save_template
@@ -164,22 +165,36 @@ def test_a_checkpoint_of_another_dataset_version(store: Store, tmp_path: Path) -
         train(replace(job, examples=list(prepared.material.examples)[:-1]), lambda metrics: None, stop)
 
 
-@pytest.mark.parametrize("method", ["supervised", "raw_text"])
+LARGE: dict[str, dict[str, Any]] = {
+    "supervised": {"template": Template(user="{{text}}", assistant="{{label}}")},
+    "raw_text": {"template": Template(user="{{text}}", assistant="{{label}}")},
+    "dpo": {"columns": {"margin": "m", "weight": "w"}},
+    "kto": {"columns": {"thumb": "t", "weight": "w"}, "template": Template(user="{{text}}", assistant="{{label}}")},
+}
+
+
+@pytest.mark.parametrize("method", LARGE)
 def test_a_data_set_that_does_not_fit_into_memory_is_planned_as_any_other(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    from luthier.templates.spool import SpooledExamples
+    from luthier.templates.spool import SpooledExamples, SpooledPairs
     from luthier.workflows import material
 
     monkeypatch.setattr(renderer, "EXAMPLES_AT_ONCE", 7)
-    asked = request(store, tmp_path, rows(), method=method, template=Template(user="{{text}}", assistant="{{label}}"))
+    given = rows(m=lambda i: i / 8, w=lambda i: 1 + i % 3, t=lambda i: "up" if i % 2 else "down")
+    asked = request(store, tmp_path, given, method=method, **LARGE[method])
     held = material.prepare(store, asked, 8, tmp_path / "held")
     monkeypatch.setattr(material, "LARGE_BYTES", 0)
     spooled = material.prepare(store, asked, 8, tmp_path / "spooled")
-    assert isinstance(spooled.material.examples, SpooledExamples)
+    assert isinstance(spooled.material.examples, SpooledPairs if method == "dpo" else SpooledExamples)
     assert list(spooled.material.examples) == list(held.material.examples)
     assert spooled.material.report == held.material.report
-    assert plan(store, asked, measure=False).tokens_per_epoch == sum(len(e.tokens) for e in held.material.examples)
+    tokens = sum(len(side.tokens) for unit in held.material.examples for side in sides(unit))
+    assert plan(store, asked, measure=False).tokens_per_epoch == tokens
+
+
+def sides(unit: TokenizedExample | TokenizedPair) -> tuple[TokenizedExample, ...]:
+    return (unit.chosen, unit.rejected) if isinstance(unit, TokenizedPair) else (unit,)
 
 
 ANSWERS = Template(user="{{text}}", assistant="{{answer}}")

@@ -238,12 +238,18 @@ def tokenize_pairs(
     Raises:
         InputError: as :func:`tokenize`; conversations without a rejected answer.
     """
-    pairs = list(conversations)
-    _refuse_missing(
-        [pair.example_id for pair in pairs if not pair.rejected],
-        "no rejected answer",
-        hint="import preferences, or give the template one: luthier template save NAME --rejected '{{worse}}' …",
-    )
+    report = RenderReport()
+    return list(iter_pairs(conversations, chat_format, policy, report)), report
+
+
+def iter_pairs(
+    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy, report: RenderReport
+) -> Iterator[TokenizedPair]:
+    """Yield pairs as :func:`tokenize_pairs` returns them; memory does not grow with their number.
+
+    Raises:
+        InputError: as :func:`tokenize_pairs`, once all of them were read.
+    """
 
     def read(pair: Conversation, report: RenderReport) -> TokenizedPair | Problem:
         rejected = pair.rejected or ()
@@ -257,7 +263,13 @@ def tokenize_pairs(
         chosen, worse = (TokenizedExample(pair.example_id, *side, pair.weight) for side in sides)
         return TokenizedPair(pair.example_id, chosen, worse, pair.weight, pair.margin)
 
-    return _tokenize_all(pairs, read, policy)
+    pairs = _those_with(
+        conversations,
+        lambda pair: bool(pair.rejected),
+        "no rejected answer",
+        hint="import preferences, or give the template one: luthier template save NAME --rejected '{{worse}}' …",
+    )
+    return _iter_tokenized(pairs, read, policy, report)
 
 
 def tokenize_thumbs(
@@ -270,12 +282,23 @@ def tokenize_thumbs(
     Raises:
         InputError: as :func:`tokenize`; conversations without a thumb; or all thumbs that are left are the same.
     """
-    answers = list(conversations)
-    _refuse_missing(
-        [answer.example_id for answer in answers if answer.thumb is None],
-        "no thumb",
-        hint="name the column that says whether an answer was liked",
-    )
+    report = RenderReport()
+    return list(iter_thumbs(conversations, chat_format, policy, report, both=both)), report
+
+
+def iter_thumbs(
+    conversations: Iterable[Conversation],
+    chat_format: ChatFormat,
+    policy: RenderPolicy,
+    report: RenderReport,
+    *,
+    both: bool = True,
+) -> Iterator[TokenizedExample]:
+    """Yield answers as :func:`tokenize_thumbs` returns them; memory does not grow with their number.
+
+    Raises:
+        InputError: as :func:`tokenize_thumbs`, once all of them were read.
+    """
 
     def read(answer: Conversation, report: RenderReport) -> TokenizedExample | Problem:
         whole = answer.ending_in(answer.messages[-1:])
@@ -284,26 +307,26 @@ def tokenize_thumbs(
             return sides
         return TokenizedExample(answer.example_id, *sides[0], answer.weight, float(bool(answer.thumb)))
 
-    kept, report = _tokenize_all(answers, read, policy)
-    if both and len({example.label for example in kept}) == 1:
+    answers = _those_with(
+        conversations,
+        lambda answer: answer.thumb is not None,
+        "no thumb",
+        hint="name the column that says whether an answer was liked",
+    )
+    kinds: set[float | None] = set()
+    for example in _iter_tokenized(answers, read, policy, report):
+        kinds.add(example.label)
+        yield example
+    if both and len(kinds) == 1:
+        which = "up" if kinds == {1.0} else "down"
         raise InputError(
-            f"All {len(kept):,} thumbs are {'up' if kept[0].label else 'down'}; learning from thumbs needs both.",
+            f"All {report.rendered:,} thumbs are {which}; learning from thumbs needs both.",
             hint="add answers with the other thumb, or train on the liked answers alone",
         )
-    return kept, report
 
 
 Side = tuple[list[int], list[bool]]
 """The tokens of a whole conversation up to its last one with loss, and their loss mask."""
-
-
-def _tokenize_all(
-    conversations: Iterable[Conversation],
-    read: Callable[[Conversation, RenderReport], T | Problem],
-    policy: RenderPolicy,
-) -> tuple[list[T], RenderReport]:
-    report = RenderReport()
-    return list(_iter_tokenized(conversations, read, policy, report)), report
 
 
 def _iter_tokenized(
@@ -335,10 +358,21 @@ def _iter_tokenized(
         raise report.nothing_left("example")
 
 
-def _refuse_missing(example_ids: Sequence[str], what: str, hint: str) -> None:
-    if example_ids:
-        problems = [f"example {example_id} has {what}" for example_id in example_ids]
-        raise InputError(f"{len(example_ids):,} examples have {what}.", problems=problems, hint=hint)
+def _those_with(
+    conversations: Iterable[Conversation], has: Callable[[Conversation], bool], what: str, hint: str
+) -> Iterator[Conversation]:
+    """Yield the conversations that have something; those without it are refused once all were read."""
+    missing = 0
+    problems: list[str] = []
+    for conversation in conversations:
+        if has(conversation):
+            yield conversation
+            continue
+        missing += 1
+        if len(problems) < PROBLEMS_KEPT:
+            problems.append(f"example {conversation.example_id} has {what}")
+    if missing:
+        raise InputError(f"{missing:,} examples have {what}.", problems=problems, hint=hint)
 
 
 def _tokenize_sides(

@@ -1,30 +1,33 @@
-"""Tokenized examples on disk: a sequence that looks like a list, for data sets that do not fit into memory.
+"""Tokenized examples, and pairs of them, on disk: sequences that look like lists, for data that memory cannot hold.
 
 Tokens, masks and offsets lie in plain arrays that are mapped into memory; ids in a text file with offsets of its own.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from luthier.errors import NothingToLearnError
-from luthier.templates.renderer import TokenizedExample
+from luthier.templates.renderer import TokenizedExample, TokenizedPair
 
 TOKENS, MASK, IDS, INDEX = "tokens.u32", "mask.u8", "ids.txt", "index.npz"
 
 
 class SpooledExamples(Sequence[TokenizedExample]):
-    """Examples in a folder. What is asked for is read; nothing else is held but 28 bytes an example."""
+    """Examples in a folder. What is asked for is read; nothing else is held but 36 bytes an example."""
 
     def __init__(self, folder: Path) -> None:
         with np.load(folder / INDEX) as index:
-            self._ends, self._id_ends, self._weights = index["ends"], index["id_ends"], index["weights"]
+            self._ends, self._id_ends = index["ends"], index["id_ends"]
+            self._weights, self._labels = index["weights"], index["labels"]
         self._tokens = np.memmap(folder / TOKENS, np.uint32, "r")
         self._mask = np.memmap(folder / MASK, np.uint8, "r")
         self._ids = np.memmap(folder / IDS, np.uint8, "r")
@@ -34,10 +37,10 @@ class SpooledExamples(Sequence[TokenizedExample]):
         """Write examples one by one into a folder, and return them.
 
         Raises:
-            InputError: there are none.
+            NothingToLearnError: there are none.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        ends, id_ends, weights = array("q"), array("q"), array("d")
+        ends, id_ends, weights, labels = array("q"), array("q"), array("d"), array("d")
         with ExitStack() as stack:
             tokens, mask, ids = (stack.enter_context((folder / name).open("wb")) for name in (TOKENS, MASK, IDS))
             for example in examples:
@@ -47,9 +50,11 @@ class SpooledExamples(Sequence[TokenizedExample]):
                 ends.append(tokens.tell() // 4)
                 id_ends.append(ids.tell())
                 weights.append(example.weight)
+                labels.append(math.nan if example.label is None else example.label)
         if not ends:
             raise NothingToLearnError("No example is left to learn from.")
-        np.savez(folder / INDEX, ends=np.array(ends), id_ends=np.array(id_ends), weights=np.array(weights))
+        held = {"ends": np.array(ends), "id_ends": np.array(id_ends)}
+        np.savez(folder / INDEX, **held, weights=np.array(weights), labels=np.array(labels))  # type: ignore[arg-type]
         return cls(folder)
 
     def __len__(self) -> int:
@@ -69,12 +74,51 @@ class SpooledExamples(Sequence[TokenizedExample]):
             return [self[one] for one in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         span, id_span = _span(self._ends, place), _span(self._id_ends, place)
+        label = float(self._labels[place])
         return TokenizedExample(
             self._ids[id_span].tobytes().decode(),
             self._tokens[span].tolist(),
             self._mask[span].astype(bool).tolist(),
             float(self._weights[place]),
+            None if math.isnan(label) else label,
         )
+
+
+class SpooledPairs(Sequence[TokenizedPair]):
+    """Pairs in a folder: each is the chosen example, whose label is the margin, and then the rejected one."""
+
+    def __init__(self, sides: SpooledExamples) -> None:
+        self._sides = sides
+
+    @classmethod
+    def write(cls, folder: Path, pairs: Iterable[TokenizedPair]) -> SpooledPairs:
+        """Write pairs one by one into a folder, and return them.
+
+        Raises:
+            NothingToLearnError: there are none.
+        """
+        sides = (side for pair in pairs for side in (replace(pair.chosen, label=pair.margin), pair.rejected))
+        return cls(SpooledExamples.write(folder, sides))
+
+    def __len__(self) -> int:
+        return len(self._sides) // 2
+
+    def __iter__(self) -> Iterator[TokenizedPair]:
+        return (self[index] for index in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedPair]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        place = 2 * range(len(self))[index]
+        chosen, rejected = self._sides[place], self._sides[place + 1]
+        chosen, margin = replace(chosen, label=None), chosen.label or 0.0
+        return TokenizedPair(chosen.example_id, chosen, rejected, chosen.weight, margin)
 
 
 def _span(ends: np.ndarray[Any, Any], place: int) -> slice:

@@ -33,12 +33,14 @@ from luthier.templates.renderer import (
     RenderPolicy,
     RenderReport,
     TemplateRenderer,
+    iter_pairs,
+    iter_thumbs,
     iter_tokenized,
     tokenize,
     tokenize_pairs,
     tokenize_thumbs,
 )
-from luthier.templates.spool import SpooledExamples
+from luthier.templates.spool import SpooledExamples, SpooledPairs
 from luthier.train.hyperparameters import max_tokens
 from luthier.train.plan import Material, Unit, plan_training
 from luthier.workflows.datasets import side
@@ -247,16 +249,19 @@ class _Reader:
     def spool(self, examples: Iterable[Example], folder: Path) -> tuple[Sequence[Unit], RenderReport]:
         """Return the examples of a data set that does not fit into memory, as units that lie on disk."""
         assert self.chat_format is not None  # noqa: S101  see _is_large
-        report = RenderReport()
-        if self._options.method == "raw_text":
+        report, method = RenderReport(), self._options.method
+        if method == "raw_text":
             texts = self._texts()
             documents = ((example.id, texts.text(example)) for example in examples)
-            units = iter_documents(documents, self.chat_format, length=self._policy.max_tokens, report=report)
-        else:
-            renderer = TemplateRenderer(self._template, self._fields)
-            conversations = renderer.iter_conversations(examples, self._options.columns)
-            units = iter_tokenized(conversations, self.chat_format, self._policy, report)
-        return SpooledExamples.write(folder, units), report
+            pieces = iter_documents(documents, self.chat_format, length=self._policy.max_tokens, report=report)
+            return SpooledExamples.write(folder, pieces), report
+        renderer = TemplateRenderer(self._template, self._fields)
+        conversations = renderer.iter_conversations(examples, self._options.columns)
+        if method in PAIRED:
+            pairs = iter_pairs(conversations, self.chat_format, self._policy, report)
+            return SpooledPairs.write(folder, pairs), report
+        read = iter_thumbs if method == "kto" else iter_tokenized
+        return SpooledExamples.write(folder, read(conversations, self.chat_format, self._policy, report)), report
 
     def answerable(self, examples: Sequence[Example], answer_tokens: int) -> list[Conversation]:
         """Return the conversations whose prompts leave room for an answer."""
@@ -296,7 +301,7 @@ class _Reader:
 
 def _is_large(store: Store, dataset: DatasetVersion, options: TrainingConfig) -> bool:
     """Return whether a data set's tokens are kept on disk: where its lists would take gigabytes."""
-    streams = options.method in ("supervised", "raw_text") and options.resample == "none"
+    streams = options.method not in ("classification", "regression") and options.resample == "none"
     return streams and dataset.split is not None and store.datasets.bytes(dataset) > LARGE_BYTES
 
 
