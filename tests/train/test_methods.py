@@ -386,3 +386,15 @@ def test_units_on_disk_give_the_numbers_of_those_in_memory(tiny_base: Path, tmp_
     (held, _, _), (read, _, _) = run(job), run(spooled, stop_at=5)
     read += run(spooled)[0]  # goes on from disk, too
     assert [one.train_loss for one in read] == [one.train_loss for one in held]
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_adapters_sit_on_the_layers_that_are_named(tiny_base: Path, tmp_path: Path, mode: str) -> None:
+    job = make_job(tiny_base, tmp_path, mode=mode, lora_layers=["v_proj", "down_proj"], epochs=1)
+    run(job)
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name in saved(job)}
+    assert names == {"v_proj", "down_proj"}
+    with pytest.raises(InputError, match=r"no linear layer 'w_proj'.*Did you mean 'v_proj'"):
+        run(make_job(tiny_base, tmp_path / "other", mode=mode, lora_layers=["w_proj"]))
+    with pytest.raises(InputError, match="no linear layer 'lm_head'"):
+        run(make_job(tiny_base, tmp_path / "head", mode=mode, lora_layers=["lm_head"]))

@@ -40,7 +40,7 @@ METHODS_OF: dict[str, frozenset[Method]] = {
     "missing_end_of_turn": METHODS - {"raw_text", "classification", "regression"},
 }
 MODES_OF: dict[str, frozenset[Mode]] = {
-    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ADAPTERS),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_layers"), ADAPTERS),
     "base_bits": frozenset({"qlora"}),
     "last_layers": frozenset({"last_layers"}),
 }
@@ -90,6 +90,7 @@ class TrainingConfig(Record):
     lora_rank: Count | Auto = Field(AUTO, description="rank of the low-rank adapter")
     lora_alpha: Positive | Auto = Field(AUTO, description="scale of the adapter: alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+    lora_layers: tuple[str, ...] = Field((), description="names of the layers with adapters; none: all linear")
     base_bits: Literal[4, 8] = Field(4, description="bits of the frozen base in mode qlora")
     last_layers: Count | Auto = Field(AUTO, description="layers trained in mode last_layers")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -156,6 +157,7 @@ class Resolved(Record):
     lora_rank: int = Field(ge=1)
     lora_alpha: float = Field(gt=0)
     lora_dropout: float
+    lora_layers: tuple[str, ...] = ()
     base_bits: Literal[4, 8] = 4
     last_layers: int = 0
     weight_decay: float

@@ -139,6 +139,7 @@ def resolve(
         lora_rank=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
+        lora_layers=config.lora_layers,
         base_bits=config.base_bits,
         last_layers=_last_layers(config, shape, reasons),
         weight_decay=config.weight_decay,

@@ -345,9 +345,7 @@ def _check_going_on(start: TunedModel, base: BaseModelInfo, options: TrainingCon
 def _check_given(adapter: str, options: TrainingConfig) -> None:
     """Refuse options that an adapter which is there already has decided."""
     fields = TrainingConfig.model_fields
-    given = [
-        name for name in ("lora_rank", "lora_alpha", "lora_dropout") if getattr(options, name) != fields[name].default
-    ]
+    given = [name for name in fields if name.startswith("lora_") and getattr(options, name) != fields[name].default]
     if options.mode not in ("lora", "qlora") or given:
         chosen = [f"mode={options.mode}", *given]
         raise InputError(

@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
-from luthier.errors import InputError
+from luthier.errors import InputError, did_you_mean
 from luthier.llm.base_bits import Bits, read_base_bits
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.gradual import Holding
@@ -102,7 +103,7 @@ def _with_adapter(model: Any, resolved: Resolved, start_adapter: Path | None) ->
             lora_dropout=resolved.lora_dropout,
             use_rslora=resolved.mode == "rslora",
             use_dora=resolved.mode == "dora",
-            target_modules="all-linear",
+            target_modules=_adapted_layers(model, resolved),
             modules_to_save=[name for name, _ in heads(model)] or None,  # whole: they may start at random
             task_type="CAUSAL_LM" if product(resolved.method) == "generator" else "SEQ_CLS",
         )
@@ -111,6 +112,30 @@ def _with_adapter(model: Any, resolved: Resolved, start_adapter: Path | None) ->
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False  # autocast takes bfloat16 inputs as they are; no detour by float32
     return adapted
+
+
+def _adapted_layers(model: Any, resolved: Resolved) -> list[str] | str:
+    """Return the names of the layers that get an adapter, as PEFT takes them.
+
+    Raises:
+        InputError: the model has no linear layer of a name.
+    """
+    if not resolved.lora_layers:
+        return "all-linear"
+    known = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear_within(name, module)}
+    for name in resolved.lora_layers:
+        if name not in known:
+            raise InputError(
+                f"lora_layers: a {model.config.model_type} has no linear layer {name!r} to adapt."
+                f"{did_you_mean(name, known)}",
+                hint=f"of {', '.join(sorted(known))}",
+            )
+    return list(resolved.lora_layers)
+
+
+def _is_linear_within(name: str, module: torch.nn.Module) -> bool:
+    """Return whether a module is a linear layer of a numbered block: neither an embedding nor a head."""
+    return isinstance(module, torch.nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
 
 
 def _resume_adapter(model: Any, folder: Path) -> Any:
