@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from luthier.api.app import create_app
 from luthier.workflows.models import pull
 from tests.api.conftest import Live
 
@@ -99,3 +103,23 @@ def test_an_alias_is_a_model_of_its_project_alone(start_live: Callable[..., Live
     assert acme.models.delete("support@production").deleted
     with pytest.raises(openai.NotFoundError):
         acme.chat.completions.create(**ask)
+
+
+def test_a_caller_is_known_while_all_threads_are_busy(start_live: Callable[..., Live]) -> None:
+    live = start_live()
+    live.key()
+    done = threading.Event()
+
+    async def ask() -> int:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, done.wait)
+        transport = httpx.ASGITransport(create_app(live.service))
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url=live.url) as client, asyncio.timeout(60):
+                return (await client.get("/v1/models", headers={"Authorization": "Bearer wrong"})).status_code
+        finally:
+            done.set()
+            await busy
+
+    assert asyncio.run(ask()) == 401

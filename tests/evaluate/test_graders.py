@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from luthier.records.grader import Grader, SimilarityMetric
 
 GRADER: TypeAdapter[Grader] = TypeAdapter(Grader)
 JUDGE = {"model": "judge", "input": [{"role": "user", "content": "Judge: {{sample.output_text}}"}]}
+LOOPS = "{{#each item.a}}{{#each @root.item.a}}{{#each @root.item.a}}x{{/each}}{{/each}}{{/each}}"
 CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"q": 1}'}}
 
 
@@ -142,6 +145,35 @@ def test_the_same_text_is_most_alike_and_an_empty_one_least(metric: SimilarityMe
     same, empty = (graded(written | {"evaluation_metric": metric}, sample).score for sample in (text, ""))
     assert same == pytest.approx(1, abs=0.001)
     assert empty == 0
+
+
+@pytest.mark.parametrize("words", ["ab", "abcdefgh"])
+def test_rouge_l_is_what_its_package_says(words: str) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    chance, scorer = random.Random(1), RougeScorer(["rougeL"])
+    for _ in range(50):
+        text, reference = ("-".join(chance.choices(words, k=chance.randrange(30))) for _ in range(2))
+        expected = scorer.score(reference, text)["rougeL"].fmeasure
+        assert similarity("rouge_l", text, reference) == expected
+
+
+def test_the_longest_texts_that_are_compared_need_little_memory() -> None:
+    text, reference = ("a " * (MAX_LETTERS // 2), "b a " * (MAX_LETTERS // 4))
+    similarity("rouge_l", "a", "a")  # imports
+    tracemalloc.start()
+    assert similarity("rouge_l", text, reference) == 0.5
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25
+
+
+def test_a_template_that_would_go_on_and_on_is_an_error_of_the_grader() -> None:
+    written = {"type": "string_check", "operation": "eq", "reference": "x", "input": LOOPS}
+    found = graded(written, a=["x"] * 1500)
+    assert [failure.kind for failure in found.failures] == ["invalid_variable_error"]
+    assert "goes through more than 262,144 pieces" in str(found.failures[0])
+    assert found.is_error
 
 
 def test_long_texts_are_not_compared() -> None:

@@ -289,6 +289,44 @@ def test_template_cannot_reach_python_attributes(source: str) -> None:
     assert render(source, secret=Secret()) == ""
 
 
+LIST = ["x"] * 1500
+LONG = "x" * 2**20
+BOUNDLESS = [
+    ("{{#each list}}{{#each @root.list}}{{#each @root.list}}x{{/each}}{{/each}}{{/each}}", "pieces"),
+    ("{{#each list}}{{#each @root.list}}{{/each}}{{/each}}", "pieces"),
+    ("{{#list}}{{#@root.list}}{{this}}{{/@root.list}}{{/list}}", "pieces"),
+    ("{{#each list}}{{#if (eq @root.deep @root.equal)}}x{{/if}}{{/each}}", "pieces"),
+    ("{{#each list}}{{json @root.deep}}{{/each}}", "pieces"),
+    ("{{#each list}}{{@root.deep}}{{/each}}", "pieces"),
+    ("{{#each numbers}}{{/each}}", "pieces"),
+    ("{{#each list}}{{@root.long}}{{/each}}", "letters"),
+    ("{{#each list}}{{json @root.long}}{{/each}}", "letters"),
+    ('{{#each list}}{{lookup @root "long"}}{{/each}}', "letters"),
+    ("{{json (json (json (json (json (json (json quotes))))))}}", "letters"),
+    ("{{#each list}}" + LONG + "{{/each}}", "letters"),
+]
+
+
+@pytest.mark.parametrize(("source", "what"), BOUNDLESS)
+def test_a_text_that_would_go_on_and_on_is_an_input_error(source: str, what: str) -> None:
+    many = [[1]] * 10_000
+    fields = {"list": LIST, "long": LONG, "deep": many, "equal": list(many), "numbers": [1] * 10**6}
+    with pytest.raises(InputError, match=rf"fails on this example: it .* more than [\d,]+ {what}"):
+        HandlebarsText(source).render(fields | {"quotes": '"' * 2**18})
+
+
+def test_bounds_are_of_one_rendering_and_far_above_what_examples_have() -> None:
+    text = HandlebarsText("{{#each lists}}{{#each this}}{{this}},{{/each}}{{/each}}{{long}}")
+    fields = {"lists": [["x"] * 100] * 100, "long": "x" * 16_000_000}
+    for _ in range(10):
+        assert len(text.render(fields)) == 20_000 + 16_000_000
+
+
+def test_comments_without_an_end_are_refused() -> None:
+    with pytest.raises(InputError, match="unclosed tag"):
+        HandlebarsText("{{!--" * 100_000)
+
+
 def test_function_among_the_values_is_never_called() -> None:
     called: list[bool] = []
     with pytest.raises(InputError, match="function"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -18,10 +19,13 @@ OPEN_TO_ALL = frozenset({"/health", "/ready", "/openapi.json"})
 LIMITED = "/v1/"
 ASKS_MODELS = ("/v1/chat/", "/v1/completions", "/v1/embeddings", "/v1/responses")
 BYTES_PER_TOKEN = 4
+THREADS = 2
 
 
 class Identity:
     """Answer 401 to whoever is not known, and 429 to a key that has nothing left. The service's own calls pass.
+
+    Keys are looked up in threads of its own, so that nobody waits at the door for what others are doing.
 
     Args:
         app: What answers.
@@ -33,6 +37,7 @@ class Identity:
         self.app = app
         self.service = service
         self.limiter = limiter
+        self._threads = ThreadPoolExecutor(THREADS, "identity")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its caller."""
@@ -46,7 +51,8 @@ class Identity:
 
     async def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        caller = await asyncio.to_thread(self.service.caller, headers.get("authorization", ""))
+        look_up, said = self.service.caller, headers.get("authorization", "")
+        caller = await asyncio.get_running_loop().run_in_executor(self._threads, look_up, said)
         if caller.key is None:
             _refuse_other_sites(headers)
         scope[CALLER] = caller

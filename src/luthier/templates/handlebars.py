@@ -3,52 +3,141 @@
 The language is handlebars.js 4.7 through the ``dotpromptz-handlebars`` package; ``tests/templates`` holds it against
 the cases that people type. Two helpers are added: ``{{json value}}`` and ``{{#if (eq a "b")}}`` or ``{{#eq a "b"}}``.
 What the package would pass over in silence (a helper that does not exist, ``{{else each}}``, ``{{items.length}}``) is
-refused when the text is compiled.
+refused when the text is compiled. Loops within loops can make any amount of text from a short example: what one
+rendering goes through and makes is counted, and has bounds (:data:`MAX_PIECES`, :data:`MAX_LETTERS`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
-from dotpromptz_handlebars import (
-    Block,
-    ElseNode,
-    EscapeFunction,
-    Handlebars,
-    HelperOptions,
-    Mustache,
-    Node,
-    Partial,
-    PartialBlock,
-)
-from dotpromptz_handlebars._render import compile_template
+from dotpromptz_handlebars import Block, ElseNode, HelperFn, HelperOptions, Mustache, Node, Partial, PartialBlock, Text
+from dotpromptz_handlebars._render import _js_text, compile_template, render_program
 
 from luthier.errors import InputError, did_you_mean
 
+MAX_PIECES = 2**18  # texts, tags, turns of loops, and elements of values that one rendering goes through
+MAX_LETTERS = 2**24  # that it makes: more than the longest line that is read
+LETTERS_OF_A_PIECE = 1024  # a longer value counts as several
+FIELDS_OF_A_PIECE = 64
 VALUES_OF_HELPER = {"if": 1, "unless": 1, "each": 1, "with": 1, "eq": 2, "json": 1, "lookup": 2}
 BLOCK_HELPERS = ("if", "unless", "each", "with", "eq")
 INLINE_HELPERS = ("eq", "json", "lookup")
 SAME_CONTEXT_BLOCKS = ("if", "unless", "eq")
+COUNT_TURNS, SHOW = "count turns", "show a value"
 WORDS_OF_THE_LANGUAGE = {"this", ".", "true", "false", "null", "undefined", "else"}
 NUMBER = re.compile(r"-?\d+(\.\d+)?$")
-TAG = re.compile(r"(?<!\\)(?:\{\{~?!--.*?--~?\}\}|\{\{[^{}]*\}\})", re.DOTALL)
+TAG = re.compile(r"(?<!\\)(?:\{\{~?!--(?:.*?--~?\}\}|.*)|\{\{[^{}]*\}\})", re.DOTALL)
 STANDALONE_TAG = re.compile(r"\{\{~?\s*(?:[#/^!]|else\b)")
 ELSE_TAG = re.compile(r"(\{\{~?\s*else)\s+([^\s~}(]+)\s*(.*)", re.DOTALL)
 SPACES_TO_NEXT_TAG = re.compile(r"[ \t]+\{\{")
 
 
-def _json(arguments: list[Any], _options: HelperOptions) -> str:
-    return json.dumps(arguments[0], ensure_ascii=False)
+class _Meter:
+    """What one rendering has gone through and made."""
+
+    def __init__(self) -> None:
+        self._pieces = 0
+        self._letters = 0
+
+    def count(self, pieces: int = 0, letters: int = 0) -> None:
+        """Count what comes next.
+
+        Raises:
+            ValueError: it is more than a rendering may have.
+        """
+        self._pieces += pieces
+        self._letters += letters
+        if self._pieces > MAX_PIECES:
+            raise ValueError(f"it goes through more than {MAX_PIECES:,} pieces (texts, tags, elements, turns of loops)")
+        if self._letters > MAX_LETTERS:
+            raise ValueError(f"it makes more than {MAX_LETTERS:,} letters")
+
+
+_METER: ContextVar[_Meter] = ContextVar("meter")
+
+
+class _Body(list[Node]):
+    """What stands in a block or around all: to go through it counts its pieces and its texts' letters."""
+
+    def __init__(self, nodes: Iterable[Node], pieces: int, letters: int) -> None:
+        super().__init__(nodes)
+        self._pieces = pieces
+        self._letters = letters
+
+    def __iter__(self) -> Iterator[Node]:
+        _METER.get().count(self._pieces, self._letters)
+        return super().__iter__()
+
+
+def _meter(options: HelperOptions) -> _Meter:
+    """Return the meter for a helper, whose call has copied the fields around it: that counts too."""
+    meter = _METER.get()
+    if isinstance(options.context, Mapping):
+        meter.count(len(options.context) // FIELDS_OF_A_PIECE)
+    return meter
+
+
+def _pieces_of(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) // LETTERS_OF_A_PIECE
+    if isinstance(value, Mapping):
+        return len(value) + sum(map(_pieces_of, value.values()))
+    return len(value) + sum(map(_pieces_of, value)) if isinstance(value, Sequence) else 0
+
+
+def _count_turns(arguments: list[Any], options: HelperOptions) -> str:
+    """Count the turns of a loop before the package makes a list of them."""
+    if isinstance(arguments[0], Mapping | Sequence) and not isinstance(arguments[0], str):
+        _meter(options).count(len(arguments[0]))
+    return ""
+
+
+def _show(arguments: list[Any], options: HelperOptions) -> Any:
+    """Return a value that stands alone in a tag; functions stay what they are, as the package refuses them."""
+    value, meter = arguments[0], _meter(options)
+    meter.count(_pieces_of(value))
+    if not callable(value):
+        meter.count(letters=len(_js_text(value)))
+    return value
+
+
+def _lookup(arguments: list[Any], options: HelperOptions) -> Any:
+    _meter(options)
+    values, key = arguments
+    if isinstance(values, dict):
+        return values.get(key)
+    try:
+        index = int(key)
+    except (TypeError, ValueError):
+        return None
+    return values[index] if isinstance(values, list) and 0 <= index < len(values) else None
+
+
+def _json(arguments: list[Any], options: HelperOptions) -> str:
+    meter = _meter(options)
+    meter.count(_pieces_of(arguments[0]))
+    text = json.dumps(arguments[0], ensure_ascii=False)
+    meter.count(letters=len(text))
+    return text
 
 
 def _eq(arguments: list[Any], options: HelperOptions) -> Any:
+    _meter(options).count(sum(map(_pieces_of, arguments)))
     equal = bool(arguments[0] == arguments[1])
     if not options.is_block:
         return equal
     return options.fn() if equal else options.inverse()
+
+
+HELPERS: dict[str, HelperFn] = {
+    **{"json": _json, "eq": _eq, "lookup": _lookup},
+    **{COUNT_TURNS: _count_turns, SHOW: _show},
+}
 
 
 class HandlebarsText:
@@ -66,14 +155,10 @@ class HandlebarsText:
     def __init__(self, source: str, place: str = "template") -> None:
         self.source = source
         self.place = place
-        engine = Handlebars(escape_fn=EscapeFunction.NO_ESCAPE)
-        engine.unregister_helper("log")  # it would print
-        engine.register_helper("json", _json)
-        engine.register_helper("eq", _eq)
         try:
-            prepared = TAG.sub(_prepare_tag, source)
-            self._render = engine.compile(prepared)
-            self.fields = frozenset(_fields(compile_template(prepared), depth=0))
+            program = compile_template(TAG.sub(_prepare_tag, source))
+            self.fields = frozenset(_fields(program, depth=0))
+            self._program = _counted(program)
         except (ValueError, RecursionError, IndexError) as error:
             reason = "a tag has no name" if isinstance(error, IndexError) else error
             raise InputError(f"The {place} is not valid handlebars: {reason}", hint=f"it reads: {source!r}") from error
@@ -96,12 +181,24 @@ class HandlebarsText:
         """Return the text for one example.
 
         Raises:
-            InputError: the text fails on these fields, such as a value that JSON cannot write.
+            InputError: the text fails on these fields, such as a value that JSON cannot write; or its loops go through
+                more than ``MAX_PIECES``, or make more than ``MAX_LETTERS``.
         """
+        metering = _METER.set(_Meter())
         try:
-            return str(self._render(dict(fields)))
+            return render_program(
+                self._program,
+                dict(fields),
+                data=None,
+                helpers=HELPERS,
+                partials={},
+                escape_html=False,
+                strict=False,
+            )
         except (ValueError, RecursionError, LookupError, TypeError) as error:
             raise InputError(f"The {self.place} fails on this example: {error}") from error
+        finally:
+            _METER.reset(metering)
 
 
 def _prepare_tag(match: re.Match[str]) -> str:
@@ -116,6 +213,46 @@ def _prepare_tag(match: re.Match[str]) -> str:
     if STANDALONE_TAG.match(tag) and not tag.endswith("~}}") and SPACES_TO_NEXT_TAG.match(match.string, match.end()):
         tag += "{{!}}"
     return tag
+
+
+def _counted(nodes: Sequence[Node]) -> _Body:
+    """Return nodes that count what they go through and make, in part by calls of helpers that no tag can name."""
+    letters = sum(len(node.value) for node in nodes if isinstance(node, Text))
+    tags = sum(_letters_of_tag(node.call) for node in nodes if isinstance(node, Mustache | Block))
+    counted: list[Node] = []
+    for node in nodes:
+        if isinstance(node, Block):
+            counted += [_call_of(COUNT_TURNS, loop) for loop in _loops(node)]
+            counted.append(Block(node.call, _counted(node.body), _counted(node.inverse)))
+        elif isinstance(node, Mustache) and (value := _value_shown(node.call)):
+            counted.append(_call_of(SHOW, value))
+        else:
+            counted.append(node)
+    return _Body(counted, 1 + len(nodes) + tags // LETTERS_OF_A_PIECE, letters)
+
+
+def _value_shown(call: dict[str, Any]) -> str:
+    """Return what stands for the value that a tag shows, or nothing where its helper counts it."""
+    name: str = call["name"]
+    if name == "lookup":
+        return f"({' '.join([name, *call['args']])})"
+    return "" if name in HELPERS else name
+
+
+def _call_of(helper: str, *values: str) -> Mustache:
+    return Mustache({"name": helper, "args": list(values), "hash": {}, "params": [], "literal": False})
+
+
+def _loops(block: Block) -> list[str]:
+    """Return what a block may go through element by element, where it may."""
+    name = block.call["name"]
+    if name == "each":
+        return [block.call["args"][0]]
+    return [] if name in BLOCK_HELPERS else [name]
+
+
+def _letters_of_tag(call: dict[str, Any]) -> int:
+    return sum(map(len, (call["name"], *call["args"], *call["hash"].values())))
 
 
 def _fields(nodes: Iterable[Node], depth: int) -> Iterator[str]:

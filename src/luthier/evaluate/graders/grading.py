@@ -137,7 +137,7 @@ async def _score(grader: Grader, namespace: Json, tools: Tools, exchanges: list[
         text = await asyncio.to_thread(render, grader.input, namespace)
         reference = await asyncio.to_thread(render, grader.reference, namespace)
         if isinstance(grader, StringCheckGrader):
-            return string_check(grader.operation, text, reference)
+            return await asyncio.to_thread(string_check, grader.operation, text, reference)
         return await _alike(grader, text, reference, tools)
     if isinstance(grader, LabelModelGrader):
         completion = await ask(await asyncio.to_thread(label_request, grader, namespace))

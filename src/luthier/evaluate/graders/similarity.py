@@ -9,7 +9,7 @@ from typing import Any, get_args
 from luthier.evaluate.graders.failure import GradingError
 from luthier.records.grader import SimilarityMetric
 
-MAX_LETTERS = 2**15  # some of these take the product of both lengths
+MAX_LETTERS = 2**15  # measured: no metric takes longer than a second for two such texts, or more than some megabytes
 METRICS: tuple[SimilarityMetric, ...] = get_args(SimilarityMetric)
 
 
@@ -35,9 +35,10 @@ def similarity(metric: SimilarityMetric, text: str, reference: str) -> float:
             raise GradingError(
                 "other_error", f"The {name} has {len(value)} letters; at most {MAX_LETTERS} are compared."
             )
-    if metric.startswith("rouge_"):
-        return _rouge(metric.replace("_", "").replace("rougel", "rougeL"), text, reference)
-    return {"fuzzy_match": _fuzzy_match, "bleu": _bleu, "gleu": _gleu, "meteor": _meteor}[metric](text, reference)
+    if metric.startswith("rouge_") and metric != "rouge_l":
+        return _rouge(metric.replace("_", ""), text, reference)
+    own = {"fuzzy_match": _fuzzy_match, "bleu": _bleu, "gleu": _gleu, "meteor": _meteor, "rouge_l": _rouge_l}
+    return own[metric](text, reference)
 
 
 def cosine(one: Sequence[float], other: Sequence[float]) -> float:
@@ -83,7 +84,21 @@ def _meteor(text: str, reference: str) -> float:
 
 
 def _rouge(kind: str, text: str, reference: str) -> float:
-    """Return ROUGE's F1 (Lin 2004)."""
+    """Return the F1 of ROUGE over n words (Lin 2004)."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return float(RougeScorer([kind]).score(reference, text)[kind].fmeasure)
+
+
+def _rouge_l(text: str, reference: str) -> float:
+    """Return ROUGE-L's F1 over rouge-score's words, whose longest common subsequence rapidfuzz finds.
+
+    rouge-score itself makes a table of all pairs of words for it: gigabytes for long texts.
+    """
+    from rapidfuzz.distance import LCSseq
+    from rouge_score.scoring import fmeasure
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    words, wanted = (DefaultTokenizer().tokenize(one) for one in (text, reference))
+    common = LCSseq.similarity(words, wanted)
+    return float(fmeasure(common / len(words), common / len(wanted))) if common else 0.0
