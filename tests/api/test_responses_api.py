@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from luthier.llm.engine_process import EngineOptions
 from luthier.records.response import StoredResponse
+from luthier.serve import responses
 from luthier.serve.pool import LoadedModel, ModelPool, Resolved, ServedModelInfo
 from luthier.workflows.responses import LIFETIME_SECONDS, expire_responses
 from tests.api.conftest import Live
@@ -77,6 +80,29 @@ def test_the_openai_client_gets_the_text_that_a_chat_would_give(live: Live) -> N
     assert response.usage.total_tokens == response.usage.input_tokens + 8
     counted = live.client().responses.input_tokens.count(model=NAME, input="hello")
     assert counted.input_tokens == response.usage.input_tokens
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/input_tokens"])
+def test_others_are_answered_while_a_response_is_prepared(
+    live: Live, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare: Callable[..., Any] = responses.prepare_response
+    begun, answered = threading.Event(), threading.Event()
+
+    def prepare_long(*given: Any) -> Any:
+        begun.set()
+        assert answered.wait(60)
+        return prepare(*given)
+
+    monkeypatch.setattr(responses, "prepare_response", prepare_long)
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(httpx.post, f"{live.url}{path}", json=GREEDY | {"input": "hello"}, timeout=60)
+        try:
+            assert begun.wait(60)
+            assert httpx.get(f"{live.url}/health", timeout=30).status_code == 200
+        finally:
+            answered.set()
+        assert asked.result().status_code == 200
 
 
 def test_instructions_and_items_are_the_turns_of_a_chat(live: Live) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -86,6 +87,15 @@ def prepare_response(request: ResponseRequest, items: Sequence[Item], loaded: Lo
     asked = request.chat(items)
     with renamed():
         return ResponseRun(request, items, prepare_chat(asked, loaded))
+
+
+async def prepared_response(request: ResponseRequest, items: Sequence[Item], loaded: LoadedModel) -> ResponseRun:
+    """Prepare a response as :func:`prepare_response` does, in a thread, so that nobody else waits for it.
+
+    Raises:
+        ApiError: as :func:`prepare_response`.
+    """
+    return await asyncio.to_thread(prepare_response, request, items, loaded)
 
 
 async def complete_response(run: ResponseRun) -> Dict:

@@ -19,7 +19,7 @@ from luthier.records.response import Item
 from luthier.serve.api_error import ApiError
 from luthier.serve.response_items import items_of
 from luthier.serve.response_request import ResponseRequest, refuse_unsupported
-from luthier.serve.responses import complete_response, prepare_response, stream_response
+from luthier.serve.responses import complete_response, prepared_response, stream_response
 from luthier.store.collection import Order
 from luthier.store.store import Store
 from luthier.workflows.responses import (
@@ -40,7 +40,7 @@ async def create_response(body: ResponseRequest, request: Request, caller: Reade
     items = await asyncio.to_thread(_conversation, service.store, caller.project, body)
     async with AsyncExitStack() as resources:
         loaded = await lease(resources, service, caller, body.model)
-        run = prepare_response(body, items, loaded)
+        run = await prepared_response(body, items, loaded)
 
         async def keep(response: dict[str, Any]) -> None:
             if body.is_stored:
@@ -61,7 +61,7 @@ async def count_input_tokens(body: ResponseRequest, caller: Reader, service: The
     refuse_unsupported(body)
     items = await asyncio.to_thread(_conversation, service.store, caller.project, body)
     async with AsyncExitStack() as resources:
-        run = prepare_response(body, items, await lease(resources, service, caller, body.model))
+        run = await prepared_response(body, items, await lease(resources, service, caller, body.model))
     return {"object": "response.input_tokens", "input_tokens": len(run.chat.prompt_tokens)}
 
 
