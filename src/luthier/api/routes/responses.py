@@ -12,14 +12,15 @@ from fastapi.responses import JSONResponse
 
 from luthier.api.paging import list_of
 from luthier.api.routes.chat import lease
-from luthier.api.service import Reader, TheService, Writer
+from luthier.api.service import Reader, Service, TheService, Writer
 from luthier.api.streams import CLIENT_CLOSED_REQUEST, EventStream, event, unless_disconnected
 from luthier.errors import NotFoundError
+from luthier.records.access import Caller
 from luthier.records.response import Item
 from luthier.serve.api_error import ApiError
 from luthier.serve.response_items import items_of
 from luthier.serve.response_request import ResponseRequest, refuse_unsupported
-from luthier.serve.responses import complete_response, prepared_response, stream_response
+from luthier.serve.responses import ResponseRun, complete_response, prepared_response, stream_response
 from luthier.store.collection import Order
 from luthier.store.store import Store
 from luthier.workflows.responses import (
@@ -39,8 +40,9 @@ async def create_response(body: ResponseRequest, request: Request, caller: Reade
     refuse_unsupported(body)
     items = await asyncio.to_thread(_conversation, service.store, caller.project, body)
     async with AsyncExitStack() as resources:
-        loaded = await lease(resources, service, caller, body.model)
-        run = await prepared_response(body, items, loaded)
+        run = await unless_disconnected(request, _prepared(resources, service, caller, body, items))
+        if run is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
 
         async def keep(response: dict[str, Any]) -> None:
             if body.is_stored:
@@ -61,7 +63,7 @@ async def count_input_tokens(body: ResponseRequest, caller: Reader, service: The
     refuse_unsupported(body)
     items = await asyncio.to_thread(_conversation, service.store, caller.project, body)
     async with AsyncExitStack() as resources:
-        run = await prepared_response(body, items, await lease(resources, service, caller, body.model))
+        run = await _prepared(resources, service, caller, body, items)
     return {"object": "response.input_tokens", "input_tokens": len(run.chat.prompt_tokens)}
 
 
@@ -100,6 +102,12 @@ def list_input_items(
     """List what the model of a kept response was given."""
     page = input_items(service.store, caller.project, response, after=after, limit=limit, order=order)
     return list_of(page, dict)
+
+
+async def _prepared(
+    resources: AsyncExitStack, service: Service, caller: Caller, body: ResponseRequest, items: tuple[Item, ...]
+) -> ResponseRun:
+    return await prepared_response(body, items, await lease(resources, service, caller, body.model))
 
 
 def _conversation(store: Store, project: str, body: ResponseRequest) -> tuple[Item, ...]:
