@@ -10,6 +10,7 @@ rendering goes through and makes is counted, and has bounds (:data:`MAX_PIECES`,
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ MAX_PIECES = 2**18  # texts, tags, turns of loops, and elements of values that o
 MAX_LETTERS = 2**24  # that it makes: more than the longest line that is read
 LETTERS_OF_A_PIECE = 1024  # a longer value counts as several
 FIELDS_OF_A_PIECE = 64
+FEW_TAGS = 16  # without a loop
 VALUES_OF_HELPER = {"if": 1, "unless": 1, "each": 1, "with": 1, "eq": 2, "json": 1, "lookup": 2}
 BLOCK_HELPERS = ("if", "unless", "each", "with", "eq")
 INLINE_HELPERS = ("eq", "json", "lookup")
@@ -158,7 +160,7 @@ class HandlebarsText:
         try:
             program = compile_template(TAG.sub(_prepare_tag, source))
             self.fields = frozenset(_fields(program, depth=0))
-            self._program = _counted(program)
+            self._program = _counted(program) if _may_grow(program) else program
         except (ValueError, RecursionError, IndexError) as error:
             reason = "a tag has no name" if isinstance(error, IndexError) else error
             raise InputError(f"The {place} is not valid handlebars: {reason}", hint=f"it reads: {source!r}") from error
@@ -213,6 +215,22 @@ def _prepare_tag(match: re.Match[str]) -> str:
     if STANDALONE_TAG.match(tag) and not tag.endswith("~}}") and SPACES_TO_NEXT_TAG.match(match.string, match.end()):
         tag += "{{!}}"
     return tag
+
+
+def _may_grow(nodes: Sequence[Node]) -> bool:
+    """Return whether a text can be many times as long as the fields that it shows; counting takes twice the time."""
+    return _tags(nodes) > FEW_TAGS
+
+
+def _tags(nodes: Sequence[Node]) -> float:
+    """Return how many tags one rendering goes through; without a bound where it may loop."""
+    found = 0.0
+    for node in nodes:
+        if isinstance(node, Block):
+            found += math.inf if _loops(node) else 1 + _tags(node.body) + _tags(node.inverse)
+        else:
+            found += not isinstance(node, Text)
+    return found
 
 
 def _counted(nodes: Sequence[Node]) -> _Body:
