@@ -158,12 +158,17 @@ def test_the_adapter_loads_in_plain_peft(tiny_base: Path, tmp_path: Path) -> Non
     assert config["base_model_name_or_path"] == "tiny-base"
 
 
-def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    whole = [m.train_loss for m in run(make_job(tiny_base, tmp_path / "whole"))]
-    job = make_job(tiny_base, tmp_path / "parts")
+def killed_between_renames(job: TrainingJob) -> None:
+    """Leave what a kill between the two renames of the checkpoint at step 5 leaves."""
     with pytest.raises(RunStopped):
         run(job, stop_at=5)
     (job.folder / "latest").rename(job.folder / ".old-latest")
+
+
+def test_a_kill_between_the_two_renames_of_a_checkpoint_loses_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    whole = [m.train_loss for m in run(make_job(tiny_base, tmp_path / "whole"))]
+    job = make_job(tiny_base, tmp_path / "parts")
+    killed_between_renames(job)
     rest = run(job)
     assert rest[0].step == 6
     assert [m.train_loss for m in rest] == whole[5:]
@@ -174,9 +179,7 @@ def test_a_second_kill_between_the_renames_loses_nothing_either(
 ) -> None:
     whole = [m.train_loss for m in run(make_job(tiny_base, tmp_path / "whole"))]
     job = make_job(tiny_base, tmp_path / "parts")
-    with pytest.raises(RunStopped):
-        run(job, stop_at=5)
-    (job.folder / "latest").rename(job.folder / ".old-latest")
+    killed_between_renames(job)
     rename = Path.rename
 
     def killed(self: Path, target: Path) -> Path:

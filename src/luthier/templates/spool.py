@@ -6,22 +6,45 @@ Tokens, masks and offsets lie in plain arrays that are mapped into memory; ids i
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from luthier.errors import NothingToLearnError
 from luthier.templates.renderer import TokenizedExample, TokenizedPair
 
+T = TypeVar("T")
 TOKENS, MASK, IDS, INDEX = "tokens.u32", "mask.u8", "ids.txt", "index.npz"
 
 
-class SpooledExamples(Sequence[TokenizedExample]):
+class _Spooled(Sequence[T]):
+    """Units on disk, each read when it is asked for."""
+
+    @abstractmethod
+    def read(self, place: int) -> T:
+        """Return the unit at a place from the beginning."""
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.read, range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(len(self))[index]
+        return list(map(self.read, places)) if isinstance(places, range) else self.read(places)
+
+
+class SpooledExamples(_Spooled[TokenizedExample]):
     """Examples in a folder. What is asked for is read; nothing else is held but 36 bytes an example."""
 
     def __init__(self, folder: Path) -> None:
@@ -60,19 +83,8 @@ class SpooledExamples(Sequence[TokenizedExample]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __iter__(self) -> Iterator[TokenizedExample]:
-        return (self[index] for index in range(len(self)))
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedExample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def read(self, place: int) -> TokenizedExample:
+        """See :meth:`_Spooled.read`."""
         span, id_span = _span(self._ends, place), _span(self._id_ends, place)
         label = float(self._labels[place])
         return TokenizedExample(
@@ -84,7 +96,7 @@ class SpooledExamples(Sequence[TokenizedExample]):
         )
 
 
-class SpooledPairs(Sequence[TokenizedPair]):
+class SpooledPairs(_Spooled[TokenizedPair]):
     """Pairs in a folder: each is the chosen example, whose label is the margin, and then the rejected one."""
 
     def __init__(self, sides: SpooledExamples) -> None:
@@ -103,20 +115,9 @@ class SpooledPairs(Sequence[TokenizedPair]):
     def __len__(self) -> int:
         return len(self._sides) // 2
 
-    def __iter__(self) -> Iterator[TokenizedPair]:
-        return (self[index] for index in range(len(self)))
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedPair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedPair]: ...
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        place = 2 * range(len(self))[index]
-        chosen, rejected = self._sides[place], self._sides[place + 1]
+    def read(self, place: int) -> TokenizedPair:
+        """See :meth:`_Spooled.read`."""
+        chosen, rejected = self._sides[2 * place], self._sides[2 * place + 1]
         chosen, margin = replace(chosen, label=None), chosen.label or 0.0
         return TokenizedPair(chosen.example_id, chosen, rejected, chosen.weight, margin)
 
