@@ -13,8 +13,9 @@ once. Figures are medians over the repeats; the percentiles are those of all ans
 - per token: between two pieces of the text of an answer, of which each has one token
 - memory: the resident set of the side's processes after the last turn
 
-`--soak N` sends N short requests to our server alone, after a warm-up that fills the engine's cache, and says how the
-memory of its processes grew.
+`--soak N` sends N short requests to our server alone and says how the memory of its processes grew: from the moment
+when long prompts have filled the engine's cache ("from_cold"), and from when the first 500 short ones have made the
+engine allocate the buffers for steps of their kind ("growth").
 """
 
 from __future__ import annotations
@@ -242,18 +243,24 @@ def soak(model: Path, home: Path, folder: Path, count: int) -> dict[str, Any]:
     """Send many requests; return the memory of our processes after every slice of them, and how it grew."""
     with luthier(model, home, folder) as side:
         side.run(SOAK_CLIENTS, _long_requests())
-        samples = [{"requests": 0, **_memory(side)}]
+        samples = [{"requests": -SOAK_SLICE, **_memory(side)}]
         _say_memory(samples[-1])
-        for done in range(0, count, SOAK_SLICE):
+        for done in range(-SOAK_SLICE, count, SOAK_SLICE):
             size = min(SOAK_SLICE, count - done)
-            side.run(SOAK_CLIENTS, requests(size, skip=done, tokens=SOAK_TOKENS))
+            side.run(SOAK_CLIENTS, requests(size, skip=done + SOAK_SLICE, tokens=SOAK_TOKENS))
             samples.append({"requests": done + size, **_memory(side)})
             _say_memory(samples[-1])
-    names = [name for name in samples[0] if name != "requests"]
-    growth = {name: samples[-1][name] / samples[0][name] - 1 for name in names}
-    growth["all"] = sum(samples[-1][name] for name in names) / sum(samples[0][name] for name in names) - 1
-    print("growth:", ", ".join(f"{name} {share:+.2%}" for name, share in growth.items()))
-    return {"requests": count, "clients": SOAK_CLIENTS, "growth": growth, "samples": samples}
+    cold, growth = _growth(samples[0], samples[-1]), _growth(samples[1], samples[-1])
+    for name, shares in (("growth", growth), ("from cold", cold)):
+        print(f"{name}:", ", ".join(f"{process} {share:+.2%}" for process, share in shares.items()))
+    return {"requests": count, "clients": SOAK_CLIENTS, "growth": growth, "from_cold": cold, "samples": samples}
+
+
+def _growth(first: dict[str, int], last: dict[str, int]) -> dict[str, float]:
+    """Return by which share each process has grown, and all of them together."""
+    names = [name for name in first if name != "requests"]
+    sums = [sum(sample[name] for name in names) for sample in (first, last)]
+    return {name: last[name] / first[name] - 1 for name in names} | {"all": sums[1] / sums[0] - 1}
 
 
 def _long_requests() -> list[dict[str, Any]]:
