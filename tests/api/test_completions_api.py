@@ -154,6 +154,11 @@ def test_a_stream_has_the_same_text_the_reason_and_the_usage(live: Live) -> None
     ("option", "param"),
     [
         ({"suffix": "the end"}, "suffix"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"logit_bias": {"5": 10}}, "logit_bias"),
         ({"logprobs": 2}, "logprobs"),
         ({"logprobs": 6}, "logprobs"),
@@ -183,6 +188,7 @@ def test_what_cannot_be_honoured_is_a_bad_request_that_names_it(live: Live, opti
 
 def test_options_that_change_nothing_are_tolerated(live: Live) -> None:
     harmless = {"suffix": "", "logit_bias": {}, "user": "me", "best_of": 1, "echo": False, "stop": None, "unheard": 1}
+    harmless |= {"min_tokens": 0, "ignore_eos": False, "guided_json": None, "response_format": {"type": "text"}}
     assert text_of(live, prompt="hello", extra_body=harmless) == text_of(live, prompt="hello")
 
 

@@ -315,6 +315,7 @@ def test_responses_are_asked_and_graded(live: Live) -> None:
     run, found = done(client, eval_id, asking(items("hello"), type="responses"))
     assert (run.status, run.result_counts.passed) == ("completed", 1)
     assert found[0].sample.output[0].content
+    assert found[0].sample.seed == 0  # none was used
     assert run.per_model_usage[0].total_tokens > 0
     client.responses.create(model="tiny-base", input="hello", instructions="Be brief.", max_output_tokens=16)
     source = {"type": "responses", "instructions_search": "brief"}
@@ -403,6 +404,21 @@ def test_a_run_whose_model_went_before_its_turn_fails(tmp_path: Path, tiny_base:
         ),
         (asking(items("a"), model=None), "data_source.model", "required"),
         (asking(items("a"), input_messages=None), "data_source.input_messages", "required"),
+        (
+            asking(items("a"), type="responses", sampling_params={"seed": 42}),
+            "data_source.sampling_params.seed",
+            "/v1/responses has no such field",
+        ),
+        (
+            asking(items("a"), type="responses", sampling_params={"response_format": {"type": "json_object"}}),
+            "data_source.sampling_params.response_format",
+            "give text",
+        ),
+        (
+            asking(items("a"), sampling_params={"text": {"format": {"type": "json_object"}}}),
+            "data_source.sampling_params.text",
+            "give response_format",
+        ),
         (
             asking(items("a"), sampling_params={"temperature": 3}),
             "data_source.sampling_params.temperature",

@@ -6,7 +6,6 @@ are tolerated, as clients send many that do not change an answer (``user``, ``se
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -14,17 +13,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from luthier.records.example import Message, Role, Tool, ToolCall
 from luthier.records.stored import Metadata
 from luthier.serve.api_error import ApiError
-from luthier.serve.sampling_options import SamplingOptions
+from luthier.serve.sampling_options import OF_OTHER_SERVERS, Refusals, SamplingOptions, refuse_used
 
 MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 FUNCTION_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
-OTHER_SERVERS = (
-    *("min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids", "prompt_logprobs"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar", "json_schema"),
-    *("chat_template", "chat_template_kwargs", "continue_final_message", "add_generation_prompt", "use_beam_search"),
-)
-REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+REFUSED: Refusals = {
     "functions": (bool, "functions are deprecated at OpenAI; give them as tools"),
     "function_call": (lambda value: value not in (None, "none", "auto"), "deprecated at OpenAI; give tool_choice"),
     "modalities": (lambda value: value not in (None, ["text"]), "only text comes out of these models"),
@@ -33,7 +27,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "moderation": (lambda value: value is not None, "there is no moderation here"),
     "reasoning_effort": (lambda value: value not in (None, "none"), "these models answer without reasoning first"),
     "verbosity": (lambda value: value not in (None, "medium"), "these models have no such setting"),
-    **dict.fromkeys(OTHER_SERVERS, (lambda value: value not in (None, False, [], {}), "not supported here")),
+    **OF_OTHER_SERVERS,
     "guided_json": (lambda value: value is not None, "not supported here; give response_format"),
 }
 
@@ -202,10 +196,7 @@ def refuse_unsupported(request: ChatRequest) -> None:
     Raises:
         ApiError: 400; ``param`` is the path of the offending field.
     """
-    given = request.model_extra or {}
-    for name, (is_used, what) in REFUSED.items():
-        if is_used(given.get(name)):
-            raise ApiError(400, f"{name!r}: {what}.", param=name, code="unsupported_parameter")
+    refuse_used(request, REFUSED)
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
     for index, message in enumerate(request.messages):

@@ -6,13 +6,25 @@ from pydantic import Field
 
 from luthier.llm.engine_interface import ALTERNATIVES
 from luthier.records.completion import Sampling
-from luthier.serve.sampling_options import SamplingOptions, check_engine, refuse
+from luthier.serve.sampling_options import (
+    OF_OTHER_SERVERS,
+    Refusals,
+    SamplingOptions,
+    check_engine,
+    refuse,
+    refuse_used,
+)
 from luthier.serve.text_input import Texts
 
 DEFAULT_MAX_TOKENS = 16
 MAX_BEST_OF = 20
 MAX_LOGPROBS = 5
 MAX_ANSWERS = 2048
+IN_CHATS = "not supported here; /v1/chat/completions takes response_format"
+REFUSED: Refusals = OF_OTHER_SERVERS | {
+    "response_format": (lambda value: value not in (None, {"type": "text"}), IN_CHATS),
+    "guided_json": (lambda value: value is not None, IN_CHATS),
+}
 
 
 class CompletionRequest(SamplingOptions):
@@ -68,6 +80,7 @@ def refuse_unsupported(request: CompletionRequest) -> None:
     Raises:
         ApiError: 400; ``param`` is the offending field.
     """
+    refuse_used(request, REFUSED)
     if request.suffix:
         refuse("suffix", "text cannot be inserted before a suffix here")
     if request.echo and request.logprobs is not None:

@@ -6,7 +6,8 @@ along as numbers, so that a caller can compare them.
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +20,19 @@ MAX_STOPS = 4
 MAX_BIAS = 100
 DEFAULT_TEMPERATURE = 1.0
 SMALLEST_TEMPERATURE = 1e-6
+OTHER_SERVERS = (
+    *("min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids", "prompt_logprobs"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar", "json_schema"),
+    *("chat_template", "chat_template_kwargs", "continue_final_message", "add_generation_prompt", "use_beam_search"),
+)
 SMALLEST_TOP_P = 1e-6  # top_p 0 means the likeliest token alone
+
+Refusals = dict[
+    str, tuple[Callable[[Any], bool], str]
+]  # a field's name, which of its values mean something, and why not
+OF_OTHER_SERVERS: Refusals = dict.fromkeys(
+    OTHER_SERVERS, (lambda value: value not in (None, False, [], {}), "not supported here")
+)
 
 
 class StreamOptions(BaseModel):
@@ -125,6 +138,18 @@ def check_engine(sampling: Sampling, options: frozenset[str], *, logprobs: str, 
         refuse(logprobs, "the engine of this model tells the chosen token's logprob alone; give 0")
     if sampling.constraint and "constraint" not in options:
         refuse(constraint, "the engine of this model cannot bind its answers")
+
+
+def refuse_used(request: BaseModel, refusals: Refusals) -> None:
+    """Refuse what a request has beside its own fields, where it would change an answer and cannot be done here.
+
+    Raises:
+        ApiError: 400; ``param`` is the offending field.
+    """
+    given = request.model_extra or {}
+    for name, (is_used, why) in refusals.items():
+        if is_used(given.get(name)):
+            raise ApiError(400, f"{name!r}: {why}.", param=name, code="unsupported_parameter")
 
 
 def refuse(param: str, why: str, code: str = "unsupported_parameter") -> NoReturn:

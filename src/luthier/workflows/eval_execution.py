@@ -69,6 +69,7 @@ class _Execution:
         self._params = self._source.sampling_params or SamplingParams()
         self._messages = input_messages(self._plan.data_source)
         self._responses = self._source.type == "responses"
+        self._seeded = self._source.model is not None and not self._responses
         written = enumerate(self._plan.criteria)
         self._graders = [read_grader(one, ("testing_criteria", number)) for number, one in written]
         self._tools = tools_of(self._store, context.ask)
@@ -130,10 +131,11 @@ class _Execution:
                 messages = await asyncio.to_thread(asked_messages, self._messages or LOGGED_INPUT, row.item)
                 sample, used = await self._sample(self._source.model, messages)
         except GradingError as error:
-            shown = shown_sample(messages, {}, self._params, used, {"code": error.kind, "message": str(error)})
+            told = {"code": error.kind, "message": str(error)}
+            shown = shown_sample(messages, {}, self._params, used, told, seeded=self._seeded)
             return _item(self._run, row, shown, [], {})
         grades = await asyncio.gather(*(grade(it, row.item, sample, self._tools) for it in self._graders))
-        shown = shown_sample(messages, sample, self._params, used)
+        shown = shown_sample(messages, sample, self._params, used, seeded=self._seeded)
         tallies = {self._source.model: used} if self._source.model is not None else {}
         return _item(self._run, row, shown, list(zip(self._graders, grades, strict=True)), tallies)
 

@@ -46,6 +46,14 @@ ROW_SOURCES: dict[str, dict[str, type[RowSource]]] = {
     "responses": {"file_content": FileContent, "file_id": FileId, "responses": LoggedResponses},
 }
 MESSAGES: dict[str, type[InputMessages]] = {"template": TemplateMessages, "item_reference": ItemReference}
+UNHEARD = {  # what the route that is asked does not take
+    "jsonl": {},
+    "completions": {"text": "/v1/chat/completions has no such field; give response_format"},
+    "responses": {
+        "seed": "/v1/responses has no such field",
+        "response_format": "/v1/responses has no such field; give text",
+    },
+}
 PLAN_FILE = "plan.json"
 STATUSES: dict[RunStatus, EvalRunStatus] = {
     "queued": "queued",
@@ -287,6 +295,9 @@ def _checked(store: Store, project: str, eval: Eval, data_source: Json) -> RunSo
             raise refused((*PLACE, "model"), "Field required", kind="missing")
         if source.model is not None and messages is None and not logged:
             raise refused((*PLACE, "input_messages"), "Field required", kind="missing")
+    for name, why in UNHEARD[source.type].items():
+        if getattr(source.sampling_params, name, None) is not None:
+            raise refused((*PLACE, "sampling_params", name), why)
     if isinstance(rows, FileId):
         _check_file(store, project, rows)
     if isinstance(rows, FileContent):

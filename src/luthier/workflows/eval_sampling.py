@@ -14,6 +14,7 @@ from luthier.workflows.graders import CHAT
 Json = dict[str, Any]
 RESPONSES = "/v1/responses"
 DEFAULT_SEED = 42  # as at OpenAI
+NO_SEED = 0  # the package's type knows no null
 LOGGED_INPUT = ItemReference(type="item_reference", item_reference="item.input")
 SHARED = ("temperature", "top_p", "tools")
 FINISH_REASONS = {"completed": "stop", "incomplete": "length"}
@@ -51,7 +52,7 @@ def request_of(model: str, messages: list[Json], params: SamplingParams, *, resp
         body |= {"reasoning": {"effort": given["reasoning_effort"]}} if "reasoning_effort" in given else {}
         body |= {"text": given["text"]} if "text" in given else {}
         return RESPONSES, body | {"store": False}
-    body |= {"messages": messages, "seed": given.get("seed", DEFAULT_SEED)}
+    body |= {"messages": messages, "seed": _seed(params)}
     more = ("max_completion_tokens", "response_format", "reasoning_effort")
     return CHAT, body | {name: given[name] for name in more if name in given}
 
@@ -85,9 +86,18 @@ def usage_of(body: Json) -> ModelTally:
 
 
 def shown_sample(
-    messages: list[Json], sample: Mapping[str, Any], params: SamplingParams, used: ModelTally, error: Json | None = None
+    messages: list[Json],
+    sample: Mapping[str, Any],
+    params: SamplingParams,
+    used: ModelTally,
+    error: Json | None = None,
+    *,
+    seeded: bool,
 ) -> Json:
-    """Return a sample as an output item shows it; numbers that nobody chose are those that hold by default."""
+    """Return a sample as an output item shows it; numbers that nobody chose are those that hold by default.
+
+    ``seeded`` says whether a model was asked with a seed.
+    """
     output = [choice.get("message") or {} for choice in sample.get("choices") or ()]
     return {
         "input": [_shown(one) for one in messages],
@@ -98,7 +108,7 @@ def shown_sample(
         "error": error or NO_ERROR,
         "temperature": params.temperature if params.temperature is not None else 1.0,
         "top_p": params.top_p if params.top_p is not None else 1.0,
-        "seed": params.seed if params.seed is not None else DEFAULT_SEED,
+        "seed": _seed(params) if seeded else NO_SEED,
         "max_completion_tokens": params.max_completion_tokens or 0,
     }
 
@@ -106,6 +116,10 @@ def shown_sample(
 def plain_messages(items: Iterable[Json]) -> list[Json]:
     """Return those items of a response that are messages, each with its text."""
     return [_shown(one) for one in items if one.get("type", "message") == "message"]
+
+
+def _seed(params: SamplingParams) -> int:
+    return DEFAULT_SEED if params.seed is None else params.seed
 
 
 def _shown(message: Json) -> Json:
