@@ -15,10 +15,16 @@ import openai
 import pytest
 from openai.types import Batch
 
+from luthier.errors import ConflictError
 from luthier.jobs.launch import submit
+from luthier.jobs.resident import MAX_ATTEMPTS
+from luthier.jobs.resident_context import Answer
 from luthier.records.batch import BatchRequest
+from luthier.records.example import Example
 from luthier.store.store import Store
-from luthier.workflows.batches import WINDOW_SECONDS, batch_id
+from luthier.workflows import batch_execution
+from luthier.workflows.batch_spool import Row
+from luthier.workflows.batches import WINDOW_SECONDS, batch_id, batch_object
 from luthier.workflows.deliveries import EVENTS
 from luthier.workflows.models import pull
 from luthier.workflows.serving import model_pool
@@ -258,6 +264,127 @@ def test_a_batch_that_is_too_late_expires_with_what_it_has(live: Live) -> None:
     assert errors[0]["error"]["code"] == "batch_expired"
     assert errors[0]["response"] is None
     assert EVENTS["batch"](store, store.runs.get(run_id)) == ("batch.expired", made.id)
+
+
+def begun(home: Path, endless_model: Path) -> tuple[str, set[str]]:
+    """Have a service answer a part of a batch and end, so that it is back in the queue; say which and what it has."""
+    live = Live(home, model_pool(Store(home), {"endless": endless_model}), processes=1)
+    try:
+        client = live.client()
+        lines = [line(f"short-{n}", {**HELLO, "model": "endless"}) for n in range(40)]
+        lines += [line(f"long-{n}", {**HELLO, "model": "endless", "max_tokens": 1900}) for n in range(200)]
+        made = begin(client, lines)
+        until(client, made.id, lambda it: counts_of(it)[1] >= 40)
+    finally:
+        live.close()
+    store = Store(home)
+    run = store.runs.get(made.id.replace("_", "-", 1))
+    assert (run.status, run.attempts) == ("queued", 0)
+    spool = store.run_folder(run.id) / "answers.jsonl"
+    answered = {json.loads(text.partition("\t")[2])["custom_id"] for text in spool.read_text().splitlines()}
+    store.close()
+    return made.id, answered
+
+
+@pytest.mark.parametrize("where", ["in the queue", "paused"])
+def test_a_batch_that_nothing_runs_keeps_what_it_has_when_it_is_cancelled(
+    tmp_path: Path, endless_model: Path, where: str
+) -> None:
+    home = tmp_path / "home"
+    batch, answered = begun(home, endless_model)
+    run_id = batch.replace("_", "-", 1)
+    live = Live(home, model_pool(Store(home), {"endless": endless_model}), processes=1, resident_runs=0)
+    try:
+        client = live.client()
+        if where == "paused":
+            live.store.runs.request(run_id, "pause")
+        before = client.batches.retrieve(batch)
+        assert (before.status, before.output_file_id) == ("in_progress", None)
+        assert client.batches.cancel(batch).status in ("cancelling", "cancelled")
+        done = ended(client, batch)
+        assert (done.status, counts_of(done)) == ("cancelled", (240, len(answered), 0))
+        assert {one["custom_id"] for one in rows_of(client, done.output_file_id)} == answered
+        with pytest.raises(openai.ConflictError):
+            client.batches.cancel(batch)
+    finally:
+        live.close()
+
+
+def test_a_batch_that_is_cancelled_while_no_server_runs_waits_for_one(tmp_path: Path, endless_model: Path) -> None:
+    home = tmp_path / "home"
+    batch, answered = begun(home, endless_model)
+    run_id = batch.replace("_", "-", 1)
+    store = Store(home)
+    asked = store.runs.request(run_id, "cancel")
+    assert (asked.status, asked.request, batch_object(store, asked)["status"]) == ("queued", "cancel", "cancelling")
+    with pytest.raises(ConflictError, match="waits to be cancelled; it cannot be paused"):
+        store.runs.request(run_id, "pause")
+    with pytest.raises(ConflictError, match="waits to be cancelled; it cannot be resumed"):
+        store.runs.requeue(run_id)
+    live = Live(home, model_pool(store, {"endless": endless_model}), processes=1)
+    try:
+        done = ended(live.client(), batch)
+        assert done.status == "cancelled"
+        assert {one["custom_id"] for one in rows_of(live.client(), done.output_file_id)} == answered
+    finally:
+        live.close()
+    store.close()
+
+
+def test_a_batch_whose_servers_died_too_often_fails_with_what_it_has_and_can_be_resumed(
+    tmp_path: Path, endless_model: Path
+) -> None:
+    home = tmp_path / "home"
+    batch, answered = begun(home, endless_model)
+    run_id = batch.replace("_", "-", 1)
+    store = Store(home)
+    for attempt in range(MAX_ATTEMPTS):
+        taken = store.runs.claim(f"elsewhere/{attempt}/1.00", -1, lambda owner: False, run_id, max_attempts=99)
+        assert taken is not None
+    live = Live(home, model_pool(store, {"endless": endless_model}), processes=1)
+    try:
+        client = live.client()
+        failed = ended(client, batch)
+        assert (failed.status, counts_of(failed)) == ("failed", (240, len(answered), 0))
+        assert failed.errors is not None
+        assert [one.message for one in failed.errors.data or ()] == ["The server that executed it died 10 times."]
+        assert {one["custom_id"] for one in rows_of(client, failed.output_file_id)} == answered
+        store.runs.requeue(run_id)
+        until(client, batch, lambda it: counts_of(it)[1] > len(answered))
+        client.batches.cancel(batch)
+        done = ended(client, batch)
+        assert done.status == "cancelled"
+        assert done.output_file_id != failed.output_file_id
+        assert len(rows_of(client, done.output_file_id)) == counts_of(done)[1] > len(answered)
+    finally:
+        live.close()
+    store.close()
+
+
+def test_a_batch_that_fails_on_a_surprise_has_files_of_what_was_answered(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_row = batch_execution._row
+
+    def break_down(line: Example, answer: Answer) -> Row:
+        if line.fields["custom_id"] == "surprise":
+            raise ZeroDivisionError("a surprise")
+        return make_row(line, answer)
+
+    monkeypatch.setattr(batch_execution, "_row", break_down)
+    client = live.client()
+    lines = [line(f"line-{n}", {**HELLO, "model": "endless"}) for n in range(40)]
+    made = begin(client, [*lines, line("surprise", {**HELLO, "model": "endless", "max_tokens": 300})])
+    failed = ended(client, made.id)
+    assert failed.status == "failed"
+    assert failed.errors is not None
+    assert "a surprise" in ((failed.errors.data or [])[0].message or "")
+    assert 0 < len(rows_of(client, failed.output_file_id)) == counts_of(failed)[1] <= 40
+    monkeypatch.undo()
+    live.store.runs.requeue(made.id.replace("_", "-", 1))
+    done = ended(client, made.id)
+    assert (done.status, counts_of(done)) == ("completed", (41, 41, 0))
+    assert len(rows_of(client, done.output_file_id)) == 41
 
 
 def test_a_killed_server_loses_no_answer_and_asks_for_none_twice(tmp_path: Path, tiny_base: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,34 @@ def test_of_two_answers_to_one_request_the_first_counts(tmp_path: Path) -> None:
     assert [one["custom_id"] for one in spool.rows()] == ["first", "other"]
     spool.close()
     assert [one["custom_id"] for one in AnswerSpool(tmp_path / "answers").rows()] == ["first", "other"]
+
+
+def test_an_answer_whose_keeper_is_cancelled_while_it_is_written_is_there_once_all_is_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    write = os.write
+
+    def write_later(descriptor: int, data: memoryview) -> int:
+        begun.set()
+        assert go_on.wait(60)
+        return write(descriptor, data)
+
+    async def cancel_one() -> None:
+        keeping = asyncio.create_task(spool.keep(1, row("a")))
+        await asyncio.to_thread(begun.wait, 60)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        assert (keeping.cancelled(), len(spool)) == (True, 0)
+        go_on.set()
+        await spool.settle()
+
+    spool = AnswerSpool(tmp_path / "answers")
+    monkeypatch.setattr(batch_spool.os, "write", write_later)
+    asyncio.run(cancel_one())
+    assert [one["custom_id"] for one in spool.rows()] == ["a"]
+    assert len(spool) == 1
+    spool.close()
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

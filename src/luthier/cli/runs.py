@@ -94,7 +94,8 @@ def logs(
 def cancel(run_id: str) -> None:
     """Stop a run for good, at its next safe point; what it saved stays."""
     run = open_store().runs.request(run_id, "cancel")
-    typer.echo(f"{run_id}: {'cancelled' if run.status == 'cancelled' else 'asked to stop'}")
+    done = {"cancelled": "cancelled", "queued": "asked to stop; `luthier up` makes the files of what it has"}
+    typer.echo(f"{run_id}: {done.get(run.status, 'asked to stop')}")
 
 
 @app.command()

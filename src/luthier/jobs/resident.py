@@ -11,7 +11,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from luthier.errors import ConflictError, LuthierError
 from luthier.jobs.ending import end_with_error
@@ -25,8 +25,10 @@ from luthier.store.store import Store
 POLL_SECONDS = 0.25
 RENEW_SECONDS = 0.5
 MAX_ATTEMPTS = 10  # a server may die of many things beside this run
+ENDING_ATTEMPTS = 3  # after these: to put in order what the run has
 REQUESTS_AT_ONCE = 32  # enough to fill an engine's batch; all runs share them, so that other clients get their turn
 Executor = Callable[[ResidentContext], Awaitable[dict[str, Any]]]
+Ending = Callable[[ResidentContext], Awaitable[None]]
 
 log = logging.getLogger("luthier.jobs")
 
@@ -38,7 +40,8 @@ class Residents:
         store: Whose queue.
         executors: What executes each kind of run. A killed run is executed again, from what it kept in its folder.
         send: Sends (caller, method, path, body) to the service's own routes.
-        at_once: How many runs are executed at once.
+        endings: What puts in order what a run has before it fails because its servers died too often, by kind.
+        at_once: How many runs are executed at once; those that are to be cancelled come on top.
         requests_at_once: How many requests all of them together may have under way.
     """
 
@@ -48,11 +51,13 @@ class Residents:
         executors: Mapping[RunKind, Executor],
         send: Send,
         *,
+        endings: Mapping[RunKind, Ending] | None = None,
         at_once: int = 4,
         requests_at_once: int = REQUESTS_AT_ONCE,
     ) -> None:
         self._store = store
         self._executors = executors
+        self._endings = endings or {}
         self._send = send
         self._at_once = at_once
         self._slots = asyncio.Semaphore(requests_at_once)
@@ -96,32 +101,46 @@ class Residents:
                 continue
 
     async def _fill(self) -> None:
-        room = self._at_once - len(self._holds)
-        if room <= 0:
-            return
+        room = max(0, self._at_once - len(self._holds))
         for run in await asyncio.to_thread(self._claim, room, self.held):
             context = ResidentContext(self._store, run, self._send, self._slots)
             work = self._works[run.id] = asyncio.create_task(self._execute(context))
             self._holds[run.id] = asyncio.create_task(self._hold(context, work))
 
     def _claim(self, room: int, held: frozenset[str]) -> list[Run]:
-        """Take the oldest runs that wait. One that is executed here and whose lease has ended is not taken twice."""
+        """Take the oldest runs that wait, and all that are to be cancelled, which are over at once.
+
+        One that is executed here and whose lease has ended is not taken twice.
+        """
+        most = MAX_ATTEMPTS + ENDING_ATTEMPTS
         taken: list[Run] = []
         for run in self._store.runs.waiting(tuple(self._executors), is_dead):
-            if len(taken) == room:
-                break
-            if run.id not in held:
-                claimed = self._store.runs.claim(self._owner, LEASE_SECONDS, is_dead, run.id, max_attempts=MAX_ATTEMPTS)
+            if run.id not in held and (len(taken) < room or run.request == "cancel"):
+                claimed = self._store.runs.claim(self._owner, LEASE_SECONDS, is_dead, run.id, max_attempts=most)
                 taken += [claimed] if claimed else []
         return taken
 
     async def _execute(self, context: ResidentContext) -> dict[str, Any]:
         run = context.run
+        if run.attempts > MAX_ATTEMPTS:
+            await self._give_up(context)
         if run.attempts > 1:
             message = f"The server before this one ended early; attempt {run.attempts} goes on from what is done."
             await context.say(message, level="warning")
         with full_disk_is_an_error(self._store.home):
             return await self._executors[run.kind](context)
+
+    async def _give_up(self, context: ResidentContext) -> NoReturn:
+        """End a run whose servers died too often, after what its kind does at such an end.
+
+        Raises:
+            RunStopped: it was asked to pause or cancel before.
+            LuthierError: otherwise.
+        """
+        if context.run.kind in self._endings:
+            await self._endings[context.run.kind](context)
+        context.stop_if_asked()
+        raise LuthierError(f"The server that executed it died {MAX_ATTEMPTS} times.")
 
     async def _hold(self, context: ResidentContext, work: asyncio.Task[dict[str, Any]]) -> None:
         """Keep the lease of a run while it is executed, and then write how it ended."""

@@ -10,7 +10,7 @@ BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddin
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
-BatchOutcome = Literal["completed", "expired", "cancelled"]
+BatchOutcome = Literal["completed", "expired", "cancelled", "failed"]
 
 BATCH_ENDPOINTS: tuple[BatchEndpoint, ...] = get_args(BatchEndpoint)
 
@@ -36,7 +36,8 @@ class BatchState(Record):
     """How far a batch has come; it lies in the folder of its run. Times are Unix seconds.
 
     ``completed`` and ``failed`` count requests. ``model`` is the one that all lines name, if they do. The ids of the
-    files are chosen before the files are made; they are there once there is an ``outcome``.
+    files are chosen before the files are made; they are there once the run has ended with an ``outcome``. A batch that
+    failed has files of what was answered; resumed, it goes on, and makes others.
     """
 
     total: int = 0

@@ -18,6 +18,7 @@ EventLevel = Literal["info", "warning", "error"]
 
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 RESUMABLE: frozenset[str] = frozenset({"paused", "failed"})  # to cancel a run is to stop it for good
+CANCELLED_BY_EXECUTION: frozenset[RunKind] = frozenset({"batch"})  # whoever executes it makes files of what it has
 
 
 class Run(Record):
@@ -25,7 +26,8 @@ class Run(Record):
 
     ``config`` is the workflow's own record as JSON; ``result`` likewise once it succeeded. ``owner`` names the
     process that holds the lease, which ends at ``lease_until`` unless it is renewed. ``attempts`` counts how often
-    a process took the run up. ``request`` is what a person asked of a running one.
+    a process took the run up. ``request`` is what a person asked of a running one, or of one that has to be taken up
+    once more to be cancelled (``CANCELLED_BY_EXECUTION``).
     """
 
     id: str

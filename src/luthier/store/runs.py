@@ -16,7 +16,17 @@ import sqlalchemy as sa
 
 from luthier.errors import ConflictError, NotFoundError
 from luthier.records.access import DEFAULT_PROJECT
-from luthier.records.run import FINISHED, RESUMABLE, EventLevel, Run, RunEvent, RunKind, RunRequest, RunStatus
+from luthier.records.run import (
+    CANCELLED_BY_EXECUTION,
+    FINISHED,
+    RESUMABLE,
+    EventLevel,
+    Run,
+    RunEvent,
+    RunKind,
+    RunRequest,
+    RunStatus,
+)
 from luthier.records.stored import Metadata, Page
 from luthier.store.database import Database
 from luthier.store.tables import run_events, runs
@@ -220,17 +230,26 @@ class RunStore:
     def request(self, run_id: str, request: RunRequest) -> Run:
         """Ask a run to pause or cancel: at once where nothing runs it, else at its next safe point.
 
+        One that was taken up before and is of a kind that has to be executed to be cancelled
+        (``CANCELLED_BY_EXECUTION``) waits in the queue for that.
+
         Raises:
             NotFoundError: there is none of that id.
-            ConflictError: it is finished already; a failed one can be given up (cancel) still.
+            ConflictError: it is finished already (a failed one can be given up still), or waits to be cancelled and
+                cannot be paused.
         """
         run = self.get(run_id)
         with self._database.write() as connection:
             row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().one()
             if row["status"] in FINISHED and (row["status"], request) != ("failed", "cancel"):
                 raise ConflictError(f"Run {run_id} has already {row['status']}.")
+            if row["status"] == "queued" and row["request"] == "cancel" and request == "pause":
+                raise ConflictError(f"Run {run_id} waits to be cancelled; it cannot be paused.")
             if row["status"] == "running":
                 connection.execute(sa.update(runs).where(runs.c.id == run_id).values(request=request))
+            elif request == "cancel" and _needs_execution(row):
+                waits = {"status": "queued", "request": request, "attempts": 0}
+                connection.execute(sa.update(runs).where(runs.c.id == run_id).values(**waits))
             else:
                 _finish(connection, run_id, "cancelled" if request == "cancel" else "paused")
         return self.get(run.id)
@@ -242,9 +261,11 @@ class RunStore:
 
         Raises:
             NotFoundError: there is none of that id.
-            ConflictError: it has succeeded, or was cancelled.
+            ConflictError: it has succeeded, was cancelled, or waits to be.
         """
         run = self.get(run_id)
+        if run.status == "queued" and run.request == "cancel":
+            raise ConflictError(f"Run {run_id} waits to be cancelled; it cannot be resumed.")
         if run.is_finished and run.status not in RESUMABLE:
             raise ConflictError(f"Run {run_id} is {run.status}; only a paused or failed one can be resumed.")
         fresh = {"status": "queued", "request": None, "error": None, "attempts": 0, "finished_at": None}
@@ -293,6 +314,12 @@ class RunStore:
         with self._database.read() as connection:
             rows = connection.execute(query.order_by(run_events.c.sequence)).mappings().all()
         return [_event(row) for row in rows]
+
+
+def _needs_execution(row: sa.RowMapping) -> bool:
+    """Return whether a run that nobody holds has to be taken up once more to be cancelled."""
+    taken_up_before = row["started_at"] is not None and row["status"] not in FINISHED
+    return taken_up_before and row["kind"] in CANCELLED_BY_EXECUTION
 
 
 def _take(connection: sa.Connection, row: sa.RowMapping, owner: str, lease_seconds: float) -> None:

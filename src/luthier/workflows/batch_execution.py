@@ -10,11 +10,12 @@ import asyncio
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import ConflictError, InputError, NotFoundError, RunStopped
+from luthier.errors import ConflictError, InputError, LuthierError, NotFoundError, RunStopped
 from luthier.ingest.uploaded import read_requests
 from luthier.jobs.resident_context import Answer, ResidentContext, end_tasks
 from luthier.records.batch import BatchOutcome, BatchProblem, BatchRequest, BatchState
@@ -43,7 +44,23 @@ async def execute_batch(context: ResidentContext) -> dict[str, Any]:
         RunStopped: it was asked to pause or cancel.
         DiskFullError: the disk is full; it goes on when there is space again.
     """
-    return await _Execution(context).run()
+    execution = _Execution(context)
+    try:
+        return await execution.run()
+    except (LuthierError, OSError):
+        raise
+    except Exception:
+        await execution.give_up()
+        raise
+
+
+async def end_batch(context: ResidentContext) -> None:
+    """Make the files of what a batch has; nothing more is asked for.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    await _Execution(context).give_up()
 
 
 class _Execution:
@@ -58,17 +75,34 @@ class _Execution:
         self._saving = threading.Lock()
 
     async def run(self) -> dict[str, Any]:
+        if self._state.outcome == "failed":
+            await self._change(outcome=None, finalizing_at=None, output_file_id=None, error_file_id=None)
         if self._state.outcome is not None:  # the server before this one died at the very end
             return self._result()
         if self._state.in_progress_at is None:
             await self._validate()
-        spool = await asyncio.to_thread(AnswerSpool, self._folder / SPOOL_FILE)
-        try:
+        async with self._spool() as spool:
             outcome = await self._answer_all(spool)
             await self._finalize(spool, outcome)
-        finally:
-            await asyncio.to_thread(spool.close)
         return self._result()
+
+    async def give_up(self) -> None:
+        """Make the files of what there is, and keep what it takes to go on."""
+        if self._state.in_progress_at is None or self._state.outcome not in (None, "failed"):
+            return
+        async with self._spool() as spool:
+            await self._finalize(spool, "failed")
+
+    @asynccontextmanager
+    async def _spool(self) -> AsyncIterator[AnswerSpool]:
+        """Open the answers, and count them anew."""
+        spool = await asyncio.to_thread(AnswerSpool, self._folder / SPOOL_FILE)
+        try:
+            self._state = await asyncio.to_thread(_recounted, self._state, spool)
+            yield spool
+        finally:
+            await spool.settle()
+            await asyncio.to_thread(spool.close)
 
     # Check
 
@@ -126,7 +160,7 @@ class _Execution:
         Raises:
             RunStopped: it was asked to pause.
         """
-        state = self._state = await asyncio.to_thread(_recounted, self._state, spool)
+        state = self._state
         if state.completed + state.failed == state.total:
             return "completed"
         try:
@@ -179,9 +213,14 @@ class _Execution:
     # End
 
     async def _finalize(self, spool: AnswerSpool, outcome: BatchOutcome) -> None:
+        await spool.settle()
+        if len(spool) != self._state.completed + self._state.failed:  # some were kept and, broken off, not counted
+            self._state = await asyncio.to_thread(_recounted, self._state, spool)
         state = self._state
         unanswered = state.total - state.completed - state.failed if outcome == "expired" else 0
         await self._change(
+            # Known before there is a file: resumed, the batch must not take these for the files of its end.
+            outcome="failed" if outcome == "failed" else None,
             finalizing_at=state.finalizing_at or now(),
             output_file_id=state.output_file_id or (new_id("file-") if state.completed else None),
             error_file_id=state.error_file_id or (new_id("file-") if state.failed or unanswered else None),
@@ -192,8 +231,9 @@ class _Execution:
             make_files, self._context.store, run, self._request, self._state, requests, spool, outcome
         )
         await self._change(outcome=outcome, failed=state.failed + unanswered)
-        for name in (INPUT_FILE, SPOOL_FILE):
-            (self._folder / name).unlink(missing_ok=True)
+        if outcome != "failed":
+            for name in (INPUT_FILE, SPOOL_FILE):
+                (self._folder / name).unlink(missing_ok=True)
         counts = f"{self._state.completed:,} of {self._state.total:,} requests were answered"
         await self._context.say(f"{counts}, {self._state.failed:,} failed")
 

@@ -34,6 +34,7 @@ class AnswerSpool:
         self._end = 0
         self._pending: list[tuple[int, Row]] = []
         self._turn = asyncio.Lock()
+        self._under_way: asyncio.Task[None] | None = None
         self._writing = threading.Lock()
         if path.exists():
             with path.open("rb") as file:
@@ -41,6 +42,10 @@ class AnswerSpool:
                     self._add(line, row)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.truncate(self._descriptor, self._end)
+
+    def __len__(self) -> int:
+        """How many requests have their answer."""
+        return len(self._places)
 
     def __contains__(self, line: int) -> bool:
         """Whether the request of a line has its answer."""
@@ -50,9 +55,16 @@ class AnswerSpool:
         """Keep an answer; once this returns, it is there after any kill. Answers that come together share a write."""
         self._pending.append((line, row))
         async with self._turn:
+            await self.settle()
             rows, self._pending = self._pending, []
             if rows:
-                await asyncio.to_thread(self._write, rows)
+                self._under_way = asyncio.create_task(asyncio.to_thread(self._write, rows))
+                await asyncio.shield(self._under_way)
+
+    async def settle(self) -> None:
+        """Wait until nothing is being written; a thread may still be at it when a :meth:`keep` was cancelled."""
+        if self._under_way is not None and not self._under_way.done():
+            await asyncio.wait((self._under_way,))
 
     def get(self, line: int) -> tuple[bytes, bool]:
         """Return the answer to a line's request as a line of JSON, and whether the request succeeded."""

@@ -59,7 +59,7 @@ def list_batches(store: Store, project: str, after: str | None, limit: int) -> P
 
 
 def cancel_batch(store: Store, project: str, batch: str) -> Run:
-    """Ask a batch to end; what has been answered stays in its files.
+    """Ask a batch to end; what has been answered is in its files then, even if nothing runs it now.
 
     Raises:
         NotFoundError: the project has no such batch.
@@ -103,6 +103,7 @@ def batch_object(store: Store, run: Run) -> dict[str, Any]:
     request = BatchRequest.model_validate(run.config)
     state = read_state(store.run_folder(run.id))
     status = _status(run, state)
+    has_files = run.is_finished and state.outcome is not None
     ended_at = int(run.finished_at.timestamp()) if run.finished_at else None
     ends = {f"{end}_at": ended_at if status == end else None for end in ("completed", "failed", "expired", "cancelled")}
     return {
@@ -114,8 +115,8 @@ def batch_object(store: Store, run: Run) -> dict[str, Any]:
         "input_file_id": request.input_file_id,
         "completion_window": WINDOW,
         "status": status,
-        "output_file_id": state.output_file_id if state.outcome else None,
-        "error_file_id": state.error_file_id if state.outcome else None,
+        "output_file_id": state.output_file_id if has_files else None,
+        "error_file_id": state.error_file_id if has_files else None,
         "created_at": int(run.created_at.timestamp()),
         "in_progress_at": state.in_progress_at,
         "expires_at": expiry_of(run),
