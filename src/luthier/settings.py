@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import platformdirs
-import psutil
 from pydantic import Field, ValidationError, field_validator
 
 from luthier.errors import InputError
+from luthier.llm.machine_memory import machine_memory
 from luthier.records.base_model import EnginePrecision
 from luthier.records.record import Record
 
@@ -108,12 +108,12 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _bytes(text: str) -> int | None:
-    """Return a size such as ``12GiB``, ``800 MB`` or ``60%`` of this machine's memory in bytes."""
+    """Return a size such as ``12GiB``, ``800 MB`` or ``60%`` of the memory of this machine or container in bytes."""
     if not text.strip():
         return None
     match = SIZE.fullmatch(text.strip())
     if match is None:
         raise InputError(f"LUTHIER_ENGINE_MEMORY is {text!r}, which is no size.", hint="for example 12GiB, or 60%")
     unit = match.group(2).lower()
-    scale = psutil.virtual_memory().total / 100 if unit == "%" else UNITS[unit.removesuffix("b").removesuffix("i")]
+    scale = machine_memory().total_bytes / 100 if unit == "%" else UNITS[unit.removesuffix("b").removesuffix("i")]
     return int(float(match.group(1)) * scale)

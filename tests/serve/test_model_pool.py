@@ -289,6 +289,31 @@ def test_engines_that_have_grown_make_room_the_least_recently_used_first(shelf: 
     run(shelf, scenario, sweep_seconds=0.05)
 
 
+def test_idle_engines_are_unloaded_while_the_machine_is_short_of_memory(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        async with pool.lease("a") as leased:
+            a = shared(pool, leased)
+            b = await touch(pool, "b")
+            await until(lambda: not b.engine.alive)
+            assert pids(pool.loaded) == pids([a])
+            assert a.engine.alive
+        await until(lambda: not pool.loaded)
+        assert (await touch(pool, "b")).engine.pid != b.engine.pid
+
+    run(shelf, scenario, least_free_bytes=2**60, sweep_seconds=0.05)
+
+
+def test_idle_engines_stay_while_there_is_memory(shelf: Shelf) -> None:
+    async def scenario(pool: ModelPool) -> None:
+        a, b = await touch(pool, "a"), await touch(pool, "b")
+        shutil.rmtree(shelf.folders["b"])
+        await until(lambda: not b.engine.alive)  # the models have been looked at
+        assert pids(pool.loaded) == pids([a])
+        assert a.engine.alive
+
+    run(shelf, scenario, least_free_bytes=0, sweep_seconds=0.05)
+
+
 def test_a_model_larger_than_all_engines_may_be_is_refused(shelf: Shelf) -> None:
     async def scenario(pool: ModelPool) -> None:
         with pytest.raises(CapacityError, match=r"LUTHIER_ENGINE_MEMORY"):

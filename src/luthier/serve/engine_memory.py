@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from luthier.llm.machine_memory import machine_memory
 
 DEFAULT_SHARE = 0.7
+LEAST_FREE_SHARE = 0.05
 PROCESS_BYTES = 160 * 2**20  # measured: an engine without a model to speak of
 BYTES_PER_FILE_BYTE = 4.0  # measured: the mapped file, and openvino's own copies of float16 weights
 ENCODER_PROCESS_BYTES = 400 * 2**20  # measured: torch and transformers without a model to speak of
@@ -23,8 +24,13 @@ class MemoryNeed:
 
 
 def default_budget() -> int:
-    """Return the share of this machine's memory that engines may hold, in bytes."""
-    return int(psutil.virtual_memory().total * DEFAULT_SHARE)
+    """Return the share of the memory of this machine or container that engines may hold, in bytes."""
+    return int(machine_memory().total_bytes * DEFAULT_SHARE)
+
+
+def least_free() -> int:
+    """Return the share of the memory of this machine or container for which idle engines are unloaded, in bytes."""
+    return int(machine_memory().total_bytes * LEAST_FREE_SHARE)
 
 
 def need_of(folder: Path, cache_gigabytes: int) -> MemoryNeed:

@@ -16,9 +16,10 @@ from luthier.llm.embedding_format import EmbeddingFormat
 from luthier.llm.encoder_process import EncoderProcess
 from luthier.llm.engine_interface import Encoder, Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
+from luthier.llm.machine_memory import machine_memory
 from luthier.records.access import DEFAULT_PROJECT
 from luthier.serve.deadline import Deadline, RequestLimits
-from luthier.serve.engine_memory import GIGABYTE, MemoryNeed, default_budget, encoder_need, need_of
+from luthier.serve.engine_memory import GIGABYTE, MemoryNeed, default_budget, encoder_need, least_free, need_of
 from luthier.serve.metering import MeteredEncoder, MeteredEngine, ModelMetrics
 from luthier.templates.chat_format import ChatFormat
 
@@ -132,6 +133,7 @@ class ModelPool:
         max_loaded: How many engines may run at once; the least recently used idle one makes room.
         memory_bytes: How much memory all engines together may hold; None takes a share of the machine's. Idle engines
             make room for one that is to be loaded, and when those that run have grown beyond it.
+        least_free_bytes: Idle engines are also unloaded while the machine has less free memory; None takes a share.
         options: How to run an engine.
         start: Starts an engine on a folder; None takes a process of this machine. A folder without ``model.gguf`` is
             run elsewhere, with a memory of its own, and only ``max_loaded`` bounds it.
@@ -148,6 +150,7 @@ class ModelPool:
         resolve_encoder: Resolve = _no_encoder,
         max_loaded: int = MAX_LOADED,
         memory_bytes: int | None = None,
+        least_free_bytes: int | None = None,
         options: EngineOptions | None = None,
         start: StartEngine | None = None,
         room_deadline_seconds: float = ROOM_DEADLINE_SECONDS,
@@ -160,6 +163,7 @@ class ModelPool:
         self._names = names
         self._max_loaded = max_loaded
         self._memory_bytes = default_budget() if memory_bytes is None else memory_bytes
+        self._least_free_bytes = least_free() if least_free_bytes is None else least_free_bytes
         self._options = options or EngineOptions()
         self._start: StartEngine = start or EngineProcess.start
         self._room_deadline_seconds = room_deadline_seconds
@@ -349,9 +353,9 @@ class ModelPool:
         held = sum(slot.held_bytes for slot in sound) + self._slots[folder].need.expected_bytes
         return len(sound) < self._max_loaded and held <= self._memory_bytes
 
-    async def _unload_idle(self) -> bool:
-        """Unload the least recently used idle model; return whether there was one."""
-        idle = [folder for folder, slot in self._slots.items() if slot.idle]
+    async def _unload_idle(self, *, held: bool = False) -> bool:
+        """Unload the least recently used idle model (``held``: that holds memory); return whether there was one."""
+        idle = [folder for folder, slot in self._slots.items() if slot.idle and (slot.held_bytes or not held)]
         if not idle:
             return False
         oldest = min(idle, key=lambda folder: self._slots[folder].last_used)
@@ -359,7 +363,7 @@ class ModelPool:
         return True
 
     async def _sweep(self) -> None:
-        """Unload idle models whose files are gone, and the oldest idle ones while all hold too much."""
+        """Unload idle models without files, and the oldest idle ones while all hold too much or memory is short."""
         while True:
             await asyncio.sleep(self._sweep_seconds)
             gone = await asyncio.to_thread(_missing, list(self._slots))
@@ -368,7 +372,12 @@ class ModelPool:
                     await _unload(self._slots.pop(folder))
             while len(self._slots) > 1 and self._held_bytes > self._memory_bytes and await self._unload_idle():
                 pass
+            while await asyncio.to_thread(self._is_short_of_memory) and await self._unload_idle(held=True):
+                pass
             self._released.set()
+
+    def _is_short_of_memory(self) -> bool:
+        return machine_memory().free_bytes < self._least_free_bytes
 
     @property
     def _held_bytes(self) -> int:

@@ -27,6 +27,7 @@ from luthier.llm.engine.processor import cpu_flags, cpu_line
 from luthier.llm.engine.quantised import quantisable
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.weight_files import WeightFiles
+from luthier.llm.machine_memory import machine_memory
 from luthier.records.base_model import FAST_BFLOAT16, Machine
 
 Precision = Literal["float32", "bfloat16"]
@@ -57,7 +58,7 @@ def measure_machine() -> Machine:
     fast = has_fast_bfloat16(here)
     speed = _bfloat16_speed(here)
     name = torch.cuda.get_device_name() if here.type == "cuda" else cpu_line("model name") or "CPU"
-    main = free_memory_bytes() + psutil.Process().memory_info().rss  # what this process holds is its own
+    main = machine_memory().free_bytes + psutil.Process().memory_info().rss  # what this process holds is its own
     return Machine(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=int(torch.cuda.mem_get_info()[0]) if here.type == "cuda" else main,
@@ -68,15 +69,6 @@ def measure_machine() -> Machine:
         bfloat16_speed=speed,
         matmul_flops=_matmul_flops(here, PROBES[here.type], torch.bfloat16 if fast else torch.float32)[0],
     )
-
-
-def free_memory_bytes() -> int:
-    """Return the memory that a new process can have: what is free, and no more than its container may use."""
-    free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return int(free)
 
 
 def has_fast_bfloat16(here: torch.device) -> bool:
