@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import openai
+from pydantic import BaseModel
 
 BASE = "tiny-base"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -26,8 +27,11 @@ def main(url: str) -> None:
     assert client.models.retrieve(BASE).object == "model"
     chat(client)
     others(client)
+    bound(client)
     stored(client)
     batch(client)
+    uploaded(client)
+    stopped(client)
     tuned = fine_tuning(client)
     evaluation(client, tuned)
     assert client.models.delete(tuned).deleted
@@ -65,6 +69,60 @@ def others(client: openai.OpenAI) -> None:
     assert types[-1] in ("response.completed", "response.incomplete")
 
 
+class Opinion(BaseModel):
+    """What an answer is bound to."""
+
+    agrees: bool
+
+
+def bound(client: openai.OpenAI) -> None:
+    """Ask for an object of a class."""
+    chats: Any = client.chat.completions if hasattr(client.chat.completions, "parse") else client.beta.chat.completions
+    answer = chats.parse(model=BASE, messages=HELLO, response_format=Opinion, max_tokens=64)
+    assert isinstance(answer.choices[0].message.parsed, Opinion)
+
+
+def uploaded(client: openai.OpenAI) -> None:
+    """Bring a file in parts, and give another one up."""
+    content = "".join(json.dumps(row) + "\n" for row in examples()).encode()
+    about = {"filename": "parts.jsonl", "mime_type": "text/jsonl", "purpose": "fine-tune"}
+    upload = client.uploads.create(bytes=len(content), **about)
+    parts = [client.uploads.parts.create(upload.id, data=data).id for data in (content[:99], content[99:])]
+    done = client.uploads.complete(upload.id, part_ids=parts)
+    assert done.status == "completed"
+    assert client.files.content(done.file.id).read() == content
+    other = client.uploads.create(bytes=len(content), **about)
+    assert client.uploads.cancel(other.id).status == "cancelled"
+
+
+def stopped(client: openai.OpenAI) -> None:
+    """Pause a job on preferences, resume it, cancel it; cancel a batch."""
+    pairs = [
+        {
+            "input": {"messages": row["messages"][:1]},
+            "preferred_output": row["messages"][1:],
+            "non_preferred_output": [{"role": "assistant", "content": "no"}],
+        }
+        for row in examples()
+    ]
+    file = client.files.create(file=("pairs.jsonl", lines_of(pairs)), purpose="fine-tune")
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 50, "batch_size": 1, "beta": 0.2}}}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, method=method, metadata={"for": "stop"})
+    client.fine_tuning.jobs.pause(job.id)
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id), lambda it: it.x_paused)  # the package has no such status
+    assert client.fine_tuning.jobs.resume(job.id).status in ("queued", "validating_files", "running")
+    client.fine_tuning.jobs.cancel(job.id)
+    until(lambda: client.fine_tuning.jobs.retrieve(job.id), lambda it: it.status == "cancelled")
+    body = {"model": BASE, "messages": HELLO, "max_tokens": 500}
+    made = client.batches.create(
+        input_file_id=client.files.create(file=("many.jsonl", requests(body, 300)), purpose="batch").id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+    )
+    assert client.batches.cancel(made.id).status in ("cancelling", "cancelled")
+    until(lambda: client.batches.retrieve(made.id), lambda it: it.status == "cancelled")
+
+
 def stored(client: openai.OpenAI) -> None:
     """Keep an answer, find it by its label, change the label, delete it."""
     kept = client.chat.completions.create(
@@ -81,12 +139,7 @@ def stored(client: openai.OpenAI) -> None:
 
 def batch(client: openai.OpenAI) -> None:
     """Send a file of requests, and read the file of answers."""
-    body = {"model": BASE, "messages": HELLO, "max_tokens": 3}
-    lines = [
-        {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
-        for number in range(5)
-    ]
-    content = io.BytesIO("\n".join(map(json.dumps, lines)).encode())
+    content = requests({"model": BASE, "messages": HELLO, "max_tokens": 3}, 5)
     file = client.files.create(file=("requests.jsonl", content), purpose="batch")
     made = client.batches.create(
         input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"for": "test"}
@@ -95,17 +148,12 @@ def batch(client: openai.OpenAI) -> None:
     assert done.status == "completed", done
     assert done.request_counts.completed == 5
     answers = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
-    assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in lines]
+    assert [answer["custom_id"] for answer in answers] == [f"line-{number}" for number in range(5)]
 
 
 def fine_tuning(client: openai.OpenAI) -> str:
     """Tune a model on an uploaded file, and ask it and its checkpoint."""
-    rows = [
-        {"messages": [{"role": "user", "content": f"number {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
-        for n in range(12)
-    ]
-    content = io.BytesIO("\n".join(map(json.dumps, rows)).encode())
-    file = client.files.create(file=("train.jsonl", content), purpose="fine-tune")
+    file = client.files.create(file=("train.jsonl", lines_of(examples())), purpose="fine-tune")
     assert client.files.wait_for_processing(file.id).status == "processed"
     job = client.fine_tuning.jobs.create(
         model=BASE,
@@ -167,6 +215,25 @@ def evaluation(client: openai.OpenAI, model: str) -> None:
     assert run.result_counts.passed == 2, run
     assert len(list(client.evals.runs.output_items.list(run.id, eval_id=made.id))) == 2
     assert client.evals.delete(made.id).deleted
+
+
+def examples() -> list[dict[str, Any]]:
+    """Return conversations to learn."""
+    return [
+        {"messages": [{"role": "user", "content": f"number {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
+        for n in range(12)
+    ]
+
+
+def requests(body: dict[str, Any], count: int) -> io.BytesIO:
+    """Return a file of so many requests."""
+    url = "/v1/chat/completions"
+    return lines_of([{"custom_id": f"line-{n}", "method": "POST", "url": url, "body": body} for n in range(count)])
+
+
+def lines_of(rows: list[dict[str, Any]]) -> io.BytesIO:
+    """Return rows as a file."""
+    return io.BytesIO("\n".join(map(json.dumps, rows)).encode())
 
 
 def until(look: Callable[[], Any], is_done: Callable[[Any], bool]) -> Any:

@@ -462,7 +462,8 @@ def test_a_file_of_another_project_or_purpose_is_refused(start_live: Callable[..
 def test_runs_are_listed_cancelled_and_deleted(start_live: Callable[..., Live]) -> None:
     client = start_live().client()  # executes nothing
     eval_id, other = made(client), made(client)
-    runs = [client.evals.runs.create(eval_id, data_source=asking(items("a")), name=str(n)).id for n in range(3)]  # type: ignore[arg-type]
+    graded: Any = {"type": "jsonl", "source": inline({"item": {"q": "a"}, "sample": {"output_text": "x"}})}
+    runs = [client.evals.runs.create(eval_id, data_source=graded, name=str(n)).id for n in range(3)]
     assert [run.id for run in client.evals.runs.list(eval_id, limit=2)] == runs
     assert [run.id for run in client.evals.runs.list(eval_id, order="desc")] == runs[::-1]
     assert not list(client.evals.runs.list(other))
