@@ -4,16 +4,28 @@ import base64
 import hashlib
 import io
 import json
+import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import openai
 import pytest
+from openai.types import Upload
 
 from luthier.api.service import Limits
+from luthier.jobs.worker import this_owner
 from luthier.records.stored import now
+from luthier.records.upload import UploadClaim
 from luthier.workflows.files import add_file, expire_files
+from luthier.workflows.uploads import expire_uploads
 from tests.api.conftest import Live
+from tests.cli.test_up import Up
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 PAIR = {
@@ -187,6 +199,134 @@ def test_wrong_parts_and_states_are_told(live: Live) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
         uploads.create(filename="x", purpose="user_data", bytes=10**12, mime_type="text/plain")
     assert refused.value.status_code == 413
+
+
+def begin_large(client: openai.OpenAI, rows: int) -> tuple[str, str, bytes]:
+    """Upload a file in one part; return the ids of the upload and its part, and the file."""
+    content = lines(*[CHAT] * rows)
+    upload = client.uploads.create(
+        filename="large.jsonl", purpose="fine-tune", bytes=len(content), mime_type="text/jsonl"
+    )
+    return upload.id, client.uploads.parts.create(upload.id, data=content).id, content
+
+
+def test_while_an_upload_is_completed_it_is_neither_completed_again_nor_cancelled(live: Live) -> None:
+    client = live.client()
+    upload, part, content = begin_large(client, 50_000)
+    with ThreadPoolExecutor() as pool:
+        completing = pool.submit(client.uploads.complete, upload, part_ids=[part])
+        while live.store.uploads.get("default", upload).claim is None:
+            assert not completing.done()
+            time.sleep(0.001)
+        for call in (
+            lambda: client.uploads.complete(upload, part_ids=[part]),
+            lambda: client.uploads.cancel(upload),
+            lambda: client.uploads.parts.create(upload, data=b"x"),
+        ):
+            with pytest.raises(openai.ConflictError, match="is being completed") as refused:
+                call()
+            assert refused.value.code == "conflict"
+        done = completing.result()
+    again = client.uploads.complete(upload, part_ids=[part])
+    assert again == done
+    assert again.file is not None
+    assert (again.status, again.file.status) == ("completed", "processed")
+    assert client.files.content(again.file.id).read() == content
+    with pytest.raises(openai.ConflictError, match="is completed"):
+        client.uploads.cancel(upload)
+    assert list(live.store.upload_parts.all("default", parent=upload)) == []
+    client.files.delete(again.file.id)
+    with pytest.raises(openai.ConflictError, match="is completed"):
+        client.uploads.complete(upload, part_ids=[part])
+
+
+def test_of_many_who_end_an_upload_at_once_one_does_and_the_others_are_told(live: Live) -> None:
+    client = live.client()
+    for _ in range(5):
+        upload, part, content = begin_large(client, 200)
+        complete = partial(client.uploads.complete, upload, part_ids=[part])
+        calls = [complete, complete, partial(client.uploads.cancel, upload), complete, complete]
+        begun = threading.Barrier(len(calls))
+
+        def end(call: Callable[[], Upload], begun: threading.Barrier = begun) -> Upload | openai.ConflictError:
+            begun.wait(60)
+            try:
+                return call()
+            except openai.ConflictError as error:
+                return error
+
+        with ThreadPoolExecutor(len(calls)) as pool:
+            found = list(pool.map(end, calls))
+        ends = [one for one in found if isinstance(one, Upload)]
+        assert len({one.status for one in ends}) == 1
+        if ends[0].status == "completed":
+            assert {one.file.id for one in ends if one.file} == {f"file-{upload.removeprefix('upload_')}"}
+            assert client.files.content(f"file-{upload.removeprefix('upload_')}").read() == content
+
+
+def test_an_upload_whose_completion_is_refused_can_be_completed_or_cancelled_then(live: Live) -> None:
+    client = live.client()
+    upload, part, _ = begin_large(client, 10)
+    with pytest.raises(openai.BadRequestError, match="MD5"):
+        client.uploads.complete(upload, part_ids=[part], md5="0" * 32)
+    assert live.store.uploads.get("default", upload).claim is None
+    assert client.uploads.complete(upload, part_ids=[part]).status == "completed"
+
+
+def test_a_server_that_is_killed_while_it_completes_an_upload_leaves_it_to_the_next(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    first = Up(home)
+    upload, part, content = begin_large(first.client(), 80_000)
+    copied = home / "artifacts" / "files" / f"file-{upload.removeprefix('upload_')}"
+    with ThreadPoolExecutor() as pool:
+        completing = pool.submit(first.client().uploads.complete, upload, part_ids=[part])
+        while not copied.exists():  # its lines are checked then
+            assert not completing.done()
+            time.sleep(0.001)
+        first.stop(signal.SIGKILL)
+        with pytest.raises(openai.APIConnectionError):
+            completing.result()
+    second = Up(home)
+    client = second.client()
+    assert list(client.files.list()) == []
+    done = client.uploads.complete(upload, part_ids=[part])
+    assert done.file is not None
+    assert (done.status, done.file.status) == ("completed", "processed")
+    assert client.files.content(done.file.id).read() == content
+    assert second.stop() == 0
+
+
+def test_a_file_that_was_there_before_the_kill_is_the_one_of_its_upload(start_live: Callable[..., Live]) -> None:
+    live = start_live()
+    client = live.client()
+    upload, part, content = begin_large(client, 10)
+    claim = UploadClaim(id="claim_1", owner=f"{socket.gethostname()}/{os.getpid()}/1.00", since=now())
+    live.store.uploads.change("default", upload, lambda it: it.model_copy(update={"claim": claim}))
+    file_id = f"file-{upload.removeprefix('upload_')}"
+    add_file(live.store, "default", "large.jsonl", "fine-tune", io.BytesIO(content), id=file_id)
+    with pytest.raises(openai.ConflictError, match="is completed"):
+        client.uploads.cancel(upload)
+    done = client.uploads.complete(upload, part_ids=[part])
+    assert done.file is not None
+    assert done.file.id == file_id
+    assert list(live.store.upload_parts.all("default", parent=upload)) == []
+
+
+def test_an_upload_expires_unless_somebody_completes_it(start_live: Callable[..., Live]) -> None:
+    live = start_live()
+    client = live.client()
+    store = live.store
+    claim = UploadClaim(id="claim_1", owner=this_owner(), since=now())
+    for name, update in (("claimed", {"claim": claim}), ("left", {"claim": claim.model_copy(update={"since": 0})})):
+        upload, _, _ = begin_large(client, 10)
+        late = {"filename": name, "expires_at": now() - 1, **update}
+        store.uploads.change("default", upload, lambda it, late=late: it.model_copy(update=late))  # type: ignore[misc]
+    expire_uploads(store)
+    assert {one.filename: one.status for one in store.uploads.all("default")} == {
+        "claimed": "pending",
+        "left": "expired",
+    }
+    assert len(list(store.upload_parts.all("default"))) == 1
 
 
 def test_an_upload_is_of_its_project_alone(start_live: Callable[..., Live]) -> None:
