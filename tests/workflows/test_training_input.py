@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from luthier.errors import ConflictError, InputError, LuthierError, MissingDependencyError, RunStopped
+from luthier.errors import CapacityError, ConflictError, InputError, LuthierError, MissingDependencyError, RunStopped
 from luthier.records.dataset import SplitConfig
 from luthier.records.template import Template
 from luthier.records.training import TrainingConfig
@@ -244,6 +244,17 @@ def test_a_large_data_set_of_which_nothing_is_left(
     given = rows(answer=lambda i: answer, w=lambda i: weight)
     options = {"template": ANSWERS, "empty_mask": "drop", "columns": {"weight": "w"}}
     assert message in refused(store, request(store, tmp_path, given, **options))
+
+
+def test_a_data_set_whose_lists_would_not_fit_is_refused_before_they_are_made(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.workflows import material
+
+    asked = request(store, tmp_path, rows(), resample="balanced", columns={"group": "label"})
+    assert plan(store, asked, measure=False).examples == 24  # 12 of each
+    monkeypatch.setattr(material, "HELD_FOR_A_BYTE", 10**12)
+    assert "leave resample out" in refused(store, asked, CapacityError)
 
 
 def test_prompts_are_drawn_from_a_whole_side_without_holding_it() -> None:

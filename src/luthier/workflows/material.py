@@ -12,10 +12,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from luthier.errors import InputError, NothingToLearnError
+from luthier.errors import CapacityError, InputError, NothingToLearnError
 from luthier.evaluate.contest import sample
 from luthier.ingest.sampling import resample
 from luthier.llm.base_config import read_adapter
+from luthier.llm.machine_memory import machine_memory
 from luthier.records.base_model import BaseModelInfo, Machine
 from luthier.records.dataset import DatasetVersion
 from luthier.records.example import Conversation, Example, Message
@@ -48,6 +49,7 @@ from luthier.workflows.models import served_folder, shape
 
 RAW_PROMPT_CHARACTERS = 200
 LARGE_BYTES = 200_000_000  # of the data set's file
+HELD_FOR_A_BYTE = 12  # of it: measured, about 50 for a token of four letters
 ASKED_EXAMPLES = 1_000  # of which the prompts of parity and of sample answers are drawn
 
 
@@ -128,6 +130,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     The tokens of a data set that does not fit into memory are kept in the folder ``scratch``.
 
     Raises:
+        CapacityError: the data set must be held in memory, and cannot be.
         NotFoundError: the base, dataset or template is not there.
         InputError: the suffix breaks its rule, or the examples do not fit the method or cannot be learned as they are.
     """
@@ -153,6 +156,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     if _is_large(store, dataset, options):
         examples, report = reader.spool(store.datasets.examples(dataset, "train"), scratch)
     else:
+        _check_held(store.datasets.bytes(dataset), machine_memory().free_bytes)
         train_side = side(store, dataset, "train")
         examples, report = reader.read(train_side if options.resample == "none" else _resampled(train_side, options))
     validation_side = side(store, dataset, "validation")
@@ -303,6 +307,22 @@ def _is_large(store: Store, dataset: DatasetVersion, options: TrainingConfig) ->
     """Return whether a data set's tokens are kept on disk: where its lists would take gigabytes."""
     streams = options.method not in ("classification", "regression") and options.resample == "none"
     return streams and dataset.split is not None and store.datasets.bytes(dataset) > LARGE_BYTES
+
+
+def _check_held(data_bytes: int, free_bytes: int) -> None:
+    """Refuse a data set whose lists would take more memory than there is, before they are made.
+
+    Raises:
+        CapacityError: they would.
+    """
+    need = data_bytes * HELD_FOR_A_BYTE
+    if need > free_bytes:
+        raise CapacityError(
+            f"The data set has {data_bytes / 1e9:.1f} GB, of which this method and these options hold the tokens in "
+            f"memory: about {need / 1e9:.0f} GB, and {free_bytes / 1e9:.0f} GB are free.",
+            hint="leave resample out (other methods than classification and regression then read from disk), or train "
+            "on a sample",
+        )
 
 
 def _base(store: Store, name: str) -> tuple[BaseModelInfo, TunedModel | None]:
