@@ -229,6 +229,13 @@ def test_the_worker_ends_when_its_socket_closes_even_in_the_middle_of_an_answer(
     assert raw_worker.process.returncode == 0
 
 
+@pytest.mark.parametrize("half", [b'{"op": "gen', b"\xff\xfe"], ids=["half a line", "no text"])
+def test_the_worker_ends_when_its_parent_dies_in_the_middle_of_a_line(raw_worker: RawWorker, half: bytes) -> None:
+    raw_worker.socket.sendall(half)
+    raw_worker.close()
+    assert raw_worker.process.returncode == 0
+
+
 def test_a_killed_engine_fails_its_answers_and_is_not_alive(served_tiny_model: Path) -> None:
     async def scenario() -> None:
         engine = await EngineProcess.start(served_tiny_model)

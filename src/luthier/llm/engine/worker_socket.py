@@ -40,13 +40,15 @@ class WorkerSocket:
 
     def _read(self) -> None:
         """Feed the inbox; end the process when asked to, or when the parent is gone, even in the middle of a step."""
-        with self._connection.makefile("rb") as lines:
-            for line in lines:
-                message = json.loads(line)
-                if message["op"] == "shutdown":
-                    break
-                self.inbox.put(message)
-        os._exit(0)
+        try:
+            with self._connection.makefile("rb") as lines:
+                for line in lines:
+                    message = json.loads(line)
+                    if message["op"] == "shutdown":
+                        break
+                    self.inbox.put(message)
+        finally:  # a parent that is killed may leave half a line, or reset the connection
+            os._exit(0)
 
 
 def worker_arguments(description: str | None) -> argparse.ArgumentParser:
