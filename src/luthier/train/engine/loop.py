@@ -365,7 +365,8 @@ def _all_units(job: TrainingJob) -> Iterator[Unit]:
 
 def _fingerprint(job: TrainingJob) -> str:
     """Return a hash of everything that a checkpoint depends on: options, examples, and the weights it starts from."""
-    digest = hashlib.sha256(job.plan.resolved.model_dump_json().encode())
+    # Without what is usual: an option that is new since a run began does not keep it from going on.
+    digest = hashlib.sha256(job.plan.resolved.model_dump_json(exclude_defaults=True).encode())
     base = job.base_sha256 or _hash_of_weights(job.base_folder)
     start = _hash_of_weights(job.start_adapter) if job.start_adapter else None
     digest.update(repr((job.base_name, base, job.labels, start)).encode())
