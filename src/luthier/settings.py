@@ -32,8 +32,8 @@ class Settings(Record):
 
     ``requests_per_minute`` and ``tokens_per_minute`` bound every key that has no bounds of its own; None leaves it
     free.
-    ``max_requests`` is how many requests one engine answers or holds waiting at once, and ``request_seconds`` how long
-    one may take.
+    ``max_requests`` is how many answers one engine makes or holds waiting at once, and ``request_seconds`` how long a
+    request may take.
     ``webhook_targets`` says where webhooks may be sent: "any" address, or "public" ones alone.
     """
 

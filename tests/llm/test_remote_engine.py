@@ -300,7 +300,7 @@ def test_closing_the_engine_fails_the_answers_in_flight(vllm: tuple[Dialect, Run
     run(EngineServers(vllm[1].url), base, then=scenario)
 
 
-@pytest.mark.parametrize(("status", "error"), [(429, BusyError), (503, BusyError), (500, EngineError)])
+@pytest.mark.parametrize(("status", "error"), [(429, BusyError), (503, EngineError), (500, EngineError)])
 def test_a_refusal_is_told_by_its_kind(
     vllm: tuple[Dialect, Running], base: Servable, status: int, error: type[Exception]
 ) -> None:

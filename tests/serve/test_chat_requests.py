@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from luthier.errors import CapacityError, ConflictError, EngineError, InputError, LuthierError, NotFoundError
+from luthier.errors import BusyError, CapacityError, ConflictError, EngineError, InputError, LuthierError, NotFoundError
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.example import Message
 from luthier.serve.api_error import ApiError, as_api_error
@@ -243,6 +243,7 @@ def test_a_stream_without_usage_does_not_mention_it(endless_model: Path) -> None
         (InputError("x"), 400, {}),
         (NotFoundError("x"), 404, {}),
         (ConflictError("x"), 409, {"x-should-retry": "false"}),
+        (BusyError("x"), 429, {"retry-after": "1"}),
         (CapacityError("x"), 503, {"retry-after": "1"}),
         (EngineError("x"), 503, {"retry-after": "1"}),
         (LuthierError("x"), 500, {}),

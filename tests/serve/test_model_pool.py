@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from luthier.errors import CapacityError, EngineError, NotFoundError
+from luthier.errors import BusyError, CapacityError, EngineError, NotFoundError
 from luthier.llm.engine_interface import Engine
 from luthier.llm.engine_process import EngineOptions, EngineProcess
 from luthier.records.completion import Sampling
@@ -161,6 +161,22 @@ def test_what_cannot_be_made_is_an_error_for_all_who_wait_and_tried_again(
     run(shelf, scenario)
 
 
+def test_models_that_are_loaded_at_once_do_not_hold_more_than_they_may(shelf: Shelf) -> None:
+    engines: list[EngineProcess] = []
+    beside: list[int] = []
+
+    async def start(folder: Path, options: EngineOptions) -> Engine:
+        beside.append(sum(engine.alive for engine in engines))
+        engines.append(await EngineProcess.start(folder, options))
+        return engines[-1]
+
+    async def scenario(pool: ModelPool) -> None:
+        await asyncio.gather(*(touch(pool, name) for name in ("a", "b", "c")))
+        assert beside == [0, 0, 0]
+
+    run(shelf, scenario, start=start, memory_bytes=expected_bytes(shelf) + 2**20)  # less than a running engine holds
+
+
 def test_an_engine_that_died_is_started_again_for_the_next_request(shelf: Shelf) -> None:
     async def scenario(pool: ModelPool) -> None:
         first = await touch(pool, "a")
@@ -201,7 +217,7 @@ def test_a_busy_model_is_not_unloaded_and_the_newcomer_waits(shelf: Shelf) -> No
 def test_waiting_for_room_has_an_end(shelf: Shelf) -> None:
     async def scenario(pool: ModelPool) -> None:
         async with pool.lease("a"):
-            with pytest.raises(CapacityError, match="stayed busy"):
+            with pytest.raises(BusyError, match="stayed busy"):
                 await touch(pool, "b")
         await touch(pool, "b")
 
@@ -260,7 +276,7 @@ def test_models_make_room_by_what_they_are_expected_to_need(shelf: Shelf) -> Non
         assert pids(pool.loaded) == pids([b])
         assert not a.engine.alive
         async with pool.lease("b"):
-            with pytest.raises(CapacityError, match="stayed busy"):
+            with pytest.raises(BusyError, match="stayed busy"):
                 await touch(pool, "c")
             assert b.engine.alive
 

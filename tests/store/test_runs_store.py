@@ -273,6 +273,34 @@ def test_run_that_has_ended_for_good_is_not_queued_again(store: Store, status: R
     assert store.runs.get("run").status == status
 
 
+def test_run_that_is_to_be_cancelled_is_not_paused(store: Store) -> None:
+    store.runs.add("run", "train", {})
+    store.runs.claim("host/1/1.00", 600, lambda owner: False)
+    store.runs.request("run", "cancel")
+    with pytest.raises(ConflictError, match="waits to be cancelled"):
+        store.runs.request("run", "pause")
+    assert store.runs.get("run").request == "cancel"
+
+
+def test_attempts_are_forgotten_by_the_owner_alone(store: Store) -> None:
+    store.runs.add("run", "train", {})
+    for number in (1, 2):
+        store.runs.claim(f"host/{number}/1.00", 600, lambda owner: True)
+    store.runs.forget_attempts("run", "host/1/1.00")
+    assert store.runs.get("run").attempts == 2
+    store.runs.forget_attempts("run", "host/2/1.00")
+    assert store.runs.get("run").attempts == 1
+
+
+def test_only_what_is_to_be_cancelled_is_asked_for(store: Store) -> None:
+    for name in ("one", "two"):
+        store.runs.add(name, "train", {})
+        store.runs.claim("host/1/1.00", 0, lambda owner: True, name)
+    store.runs.request("two", "cancel")
+    assert [run.id for run in store.runs.waiting(("train",), lambda owner: True)] == ["one", "two"]
+    assert [run.id for run in store.runs.waiting(("train",), lambda owner: True, to_cancel=True)] == ["two"]
+
+
 def test_request_of_a_run_whose_owner_died_is_seen_by_the_next_owner(store: Store) -> None:
     run_with(store, "running")
     store.runs.request("run", "cancel")

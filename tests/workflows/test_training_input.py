@@ -107,7 +107,9 @@ def test_thumbs_of_one_kind_can_be_measured_where_both_are_learned(store: Store,
 def test_a_side_of_which_nothing_can_be_measured_is_left_out(store: Store, tmp_path: Path) -> None:
     given = [{**row, "label": " " if row["side"] == "test" else row["label"]} for row in rows()]
     asked = request(store, tmp_path, given, method="dpo", empty_mask="drop")
-    assert plan(store, asked, measure=False).examples == 20
+    made = plan(store, asked, measure=False)
+    assert made.examples == 20
+    assert [(one.name, one.value) for one in made.reasons if "side" in one.name] == [("test side", "none")]
 
 
 def test_a_tokenizer_without_an_end_of_turn(store: Store, tiny_base: Path, tmp_path: Path) -> None:
@@ -254,7 +256,9 @@ def test_a_data_set_whose_lists_would_not_fit_is_refused_before_they_are_made(
     asked = request(store, tmp_path, rows(), resample="balanced", columns={"group": "label"})
     assert plan(store, asked, measure=False).examples == 24  # 12 of each
     monkeypatch.setattr(material, "HELD_FOR_A_BYTE", 10**12)
-    assert "leave resample out" in refused(store, asked, CapacityError)
+    assert "held in memory with this method, or with resample" in refused(store, asked, CapacityError)
+    streamed = asked.model_copy(update={"options": TrainingConfig(precision="float32")})
+    assert not isinstance(material.prepare(store, streamed, 8, tmp_path / "units").material.examples, list)
 
 
 def test_prompts_are_drawn_from_a_whole_side_without_holding_it() -> None:

@@ -27,6 +27,7 @@ class RunContext:
         self.run = run
         self.request: RunRequest | None = run.request
         self.leaving = leaving or Event()
+        self._later_attempt = run.attempts > 1
 
     @property
     def folder(self) -> Path:
@@ -47,8 +48,9 @@ class RunContext:
 
     def came_forward(self) -> None:
         """Say that the run would go on behind where it began this time: earlier deaths do not count any more."""
-        if self.run.attempts > 1:
-            self.run = self.store.runs.forget_attempts(self.run.id)
+        if self._later_attempt and self.run.owner is not None:
+            self._later_attempt = False
+            self.store.runs.forget_attempts(self.run.id, self.run.owner)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

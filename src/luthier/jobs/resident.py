@@ -114,7 +114,7 @@ class Residents:
         """
         most = MAX_ATTEMPTS + ENDING_ATTEMPTS
         taken: list[Run] = []
-        for run in self._store.runs.waiting(tuple(self._executors), is_dead):
+        for run in self._store.runs.waiting(tuple(self._executors), is_dead, to_cancel=not room):
             if run.id not in held and (len(taken) < room or run.request == "cancel"):
                 claimed = self._store.runs.claim(self._owner, LEASE_SECONDS, is_dead, run.id, max_attempts=most)
                 taken += [claimed] if claimed else []
@@ -122,12 +122,12 @@ class Residents:
 
     async def _execute(self, context: ResidentContext) -> dict[str, Any]:
         run = context.run
-        if run.attempts > MAX_ATTEMPTS:
-            await self._give_up(context)
-        if run.attempts > 1:
-            message = f"The server before this one ended early; attempt {run.attempts} goes on from what is done."
-            await context.say(message, level="warning")
         with full_disk_is_an_error(self._store.home):
+            if run.attempts > MAX_ATTEMPTS:
+                await self._give_up(context)
+            if run.attempts > 1:
+                message = f"The server before this one ended early; attempt {run.attempts} goes on from what is done."
+                await context.say(message, level="warning")
             return await self._executors[run.kind](context)
 
     async def _give_up(self, context: ResidentContext) -> NoReturn:

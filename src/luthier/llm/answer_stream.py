@@ -172,6 +172,7 @@ async def stream_answer(
     Raises:
         EngineError: the engine refused the prompt, or it died.
         BusyError: the engine has no room for a further request now.
+        InputError: the engine cannot answer such a request.
     """
     text = AnswerText(chat_format, sampling.stop, with_special=with_special or sampling.constraint is not None)
     async with aclosing(engine.generate(prompt_tokens, sampling, sorted(chat_format.stop_tokens))) as deltas:

@@ -112,13 +112,13 @@ def same_positions_up_to(config: Mapping[str, Any]) -> int:
     return UNBOUNDED
 
 
+ADAPTER_FILE = "adapter_model.safetensors"
 USUAL_ADAPTER: dict[str, Any] = {
     "peft_type": "LORA",
     "rank_pattern": {},
     "alpha_pattern": {},
     "bias": "none",
     "lora_bias": False,
-    "fan_in_fan_out": False,
     "trainable_token_indices": None,
     "target_parameters": None,
 }
@@ -128,7 +128,7 @@ def read_adapter(folder: Path) -> AdapterShape:
     """Read what an adapter is from its ``adapter_config.json``, as PEFT writes it.
 
     Raises:
-        InputError: there is none that says it, or it is of a kind that is not known here.
+        InputError: there is none that says it, it is of a kind that is not known here, or has no safetensors.
     """
     path = folder / "adapter_config.json"
     try:
@@ -137,6 +137,11 @@ def read_adapter(folder: Path) -> AdapterShape:
         if strange:
             said = ", ".join(f"{name}={config[name]!r}" for name in strange)
             raise InputError(f"{path} is of a kind of adapter that is not known here: {said}.")
+        if not (folder / ADAPTER_FILE).is_file():
+            raise InputError(
+                f"{folder} has no {ADAPTER_FILE}; formats that can run code when they are loaded are refused.",
+                hint="save it with a newer PEFT, which writes safetensors",
+            )
         mode: Literal["lora", "rslora", "dora"] = "lora"
         if config.get("use_rslora") or config.get("use_dora"):
             mode = "dora" if config.get("use_dora") else "rslora"

@@ -20,7 +20,6 @@ from luthier.llm.server_process import ServerProcess
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 600.0
 POLL_SECONDS = 0.1
-FULL_STATUSES = frozenset({429, 503})
 REFUSED_STATUSES = frozenset({400, 422})
 MAX_MESSAGE_CHARACTERS = 500
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -175,7 +174,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
     if response.is_success:
         return
     message = f"{response.url} answered {response.status_code}: {error_message(await response.aread())}"
-    if response.status_code in FULL_STATUSES:
+    if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
         raise BusyError(message)
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotFoundError(message)

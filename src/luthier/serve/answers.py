@@ -51,6 +51,7 @@ async def answer_all(
     Raises:
         EngineError: the engine refused a prompt, or it died.
         BusyError: the engine has no room for a further request now.
+        InputError: the engine cannot answer such a request.
     """
     if len(questions) == 1:
         async with aclosing(_deltas(loaded, questions[0])) as deltas:

@@ -1,4 +1,4 @@
-"""How long a request may take, and how many may ask one engine at once: whoever is over it is told, and told early."""
+"""How long a request may take, and how many answers an engine makes at once: whoever is over it is told, and early."""
 
 from __future__ import annotations
 

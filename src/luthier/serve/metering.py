@@ -140,6 +140,7 @@ class MeteredEngine(_Metered[Engine]):
         Raises:
             EngineError: the engine refused the prompt, or it died.
             BusyError: the engine has no room for a further request now.
+            InputError: the engine cannot answer such a request.
             ApiError: 504, where the request's deadline has come.
         """
         usage = USAGE.get() or Usage()

@@ -170,6 +170,7 @@ class ModelPool:
         self._sweep_seconds = sweep_seconds
         self._sweeping: asyncio.Task[None] | None = None
         self._slots: dict[Path, _Slot] = {}
+        self._closing: list[_Slot] = []
         self._clock = itertools.count(1)
         self._released = asyncio.Event()
         self._closed = False
@@ -328,7 +329,10 @@ class ModelPool:
                 f"{self._memory_bytes / GIGABYTE:.1f} GiB in all.",
                 hint="let engines hold more: LUTHIER_ENGINE_MEMORY",
             )
-        self._slots[folder].need = need
+        # Behind those whose need was known before: they have counted without this one.
+        self._slots[folder] = slot = self._slots.pop(folder)
+        slot.need = need
+        self._released.set()
         deadline = asyncio.get_running_loop().time() + self._room_deadline_seconds
         while not self._has_room(folder):
             self._released.clear()
@@ -345,9 +349,9 @@ class ModelPool:
                 ) from None
 
     def _has_room(self, folder: Path) -> bool:
-        """Return whether a folder fits beside those whose slots were opened before. Alone, it always does."""
+        """Return whether a folder fits beside those that come before it. Alone, it always does."""
         earlier = [self._slots[other] for other in itertools.takewhile(lambda other: other != folder, self._slots)]
-        sound = [slot for slot in earlier if not slot.broken]
+        sound = [slot for slot in earlier if not slot.broken] + self._closing
         if not sound:
             return True
         held = sum(slot.held_bytes for slot in sound) + self._slots[folder].need.expected_bytes
@@ -359,7 +363,13 @@ class ModelPool:
         if not idle:
             return False
         oldest = min(idle, key=lambda folder: self._slots[folder].last_used)
-        await _unload(self._slots.pop(oldest))
+        slot = self._slots.pop(oldest)
+        self._closing.append(slot)  # it holds what it holds until it is gone
+        try:
+            await _unload(slot)
+        finally:
+            self._closing.remove(slot)
+            self._released.set()
         return True
 
     async def _sweep(self) -> None:

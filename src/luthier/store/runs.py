@@ -203,15 +203,22 @@ class RunStore:
             if connection.execute(sa.update(runs).where(mine).values(**values)).rowcount == 0:
                 raise ConflictError(f"Run {run_id} is not held by {owner} any more.")
 
-    def forget_attempts(self, run_id: str) -> Run:
-        """Count the attempt that is being made as a run's first."""
+    def forget_attempts(self, run_id: str, owner: str) -> None:
+        """Count the attempt that this owner is making as a run's first; nothing where the run is another's by now."""
+        mine = (runs.c.id == run_id) & (runs.c.owner == owner) & (runs.c.status == "running")
         with self._database.write() as connection:
-            connection.execute(sa.update(runs).where(runs.c.id == run_id).values(attempts=1))
-        return self.get(run_id)
+            connection.execute(sa.update(runs).where(mine).values(attempts=1))
 
-    def waiting(self, kinds: Collection[RunKind], is_dead: Callable[[str], bool]) -> list[Run]:
-        """Return the runs that somebody should take up, the oldest first: queued, or left by an owner that is gone."""
+    def waiting(
+        self, kinds: Collection[RunKind], is_dead: Callable[[str], bool], *, to_cancel: bool = False
+    ) -> list[Run]:
+        """Return the runs that somebody should take up, the oldest first: queued, or left by an owner that is gone.
+
+        ``to_cancel`` leaves out those that are not to be cancelled.
+        """
         query = sa.select(runs).where(runs.c.status.in_(("queued", "running")), runs.c.kind.in_(kinds))
+        if to_cancel:
+            query = query.where(runs.c.request == "cancel")
         with self._database.read() as connection:
             rows = connection.execute(query.order_by(runs.c.created_at)).mappings().all()
         return [
@@ -243,7 +250,7 @@ class RunStore:
             row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().one()
             if row["status"] in FINISHED and (row["status"], request) != ("failed", "cancel"):
                 raise ConflictError(f"Run {run_id} has already {row['status']}.")
-            if row["status"] == "queued" and row["request"] == "cancel" and request == "pause":
+            if row["request"] == "cancel" and request == "pause":
                 raise ConflictError(f"Run {run_id} waits to be cancelled; it cannot be paused.")
             if row["status"] == "running":
                 connection.execute(sa.update(runs).where(runs.c.id == run_id).values(request=request))

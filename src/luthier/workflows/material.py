@@ -86,7 +86,7 @@ class Prepared:
     """Everything that a request names, looked up and rendered.
 
     ``held_out`` are the conversations that parity uses, ``sampled`` those of the sample answers; both are empty for
-    models that do not write.
+    models that do not write. ``left_out`` says what of the validation and test sides cannot be measured.
     """
 
     request: TrainRequest
@@ -101,6 +101,7 @@ class Prepared:
     labels: tuple[str, ...]
     held_out: list[Conversation]
     sampled: list[Conversation]
+    left_out: Sequence[Derived] = ()
 
     def plan(self, machine: Machine) -> TrainingPlan:
         """Plan the run on a machine, without making a step."""
@@ -117,11 +118,11 @@ class Prepared:
         sizes = shape(self.base_folder, self.base.parameters)
         start = read_adapter(self.start_adapter) if self.start_adapter else None
         made = plan_training(known, options, sizes, machine, start)
-        if start is None or self.request.adapter is None or start.base in (None, self.base.id):
-            return made
-        reason = f"it says that it was made on {start.base}, which is taken to be {self.base.id}"
-        note = Derived(name="adapter", value=str(self.start_adapter), reason=reason)
-        return made.model_copy(update={"reasons": (*made.reasons, note)})
+        notes = list(self.left_out)
+        if start is not None and self.request.adapter is not None and start.base not in (None, self.base.id):
+            reason = f"it says that it was made on {start.base}, which is taken to be {self.base.id}"
+            notes.append(Derived(name="adapter", value=str(self.start_adapter), reason=reason))
+        return made.model_copy(update={"reasons": (*made.reasons, *notes)})
 
 
 def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Path) -> Prepared:
@@ -145,6 +146,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         _check_going_on(start, base, options)
     start_adapter = store.models.artifact_folder(start.artifacts["adapter"]) if start else request.adapter
     if start_adapter is not None:
+        read_adapter(start_adapter)  # one that cannot be used is refused before anything is read
         _check_given(start.name if start else str(start_adapter), options)
     if writes:
         served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
@@ -153,14 +155,15 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     dataset = store.datasets.get(request.dataset)
     template = store.templates.get(request.template) if request.template else None
     reader = _Reader(options, folder, base, dataset, template, labels=start.labels if start else ())
-    if _is_large(store, dataset, options):
+    data_bytes, free_bytes = store.datasets.bytes(dataset), machine_memory().free_bytes
+    if _is_read_from_disk(dataset, options, data_bytes, free_bytes):
         examples, report = reader.spool(store.datasets.examples(dataset, "train"), scratch)
     else:
-        _check_held(store.datasets.bytes(dataset), machine_memory().free_bytes)
+        _check_held(data_bytes, free_bytes)
         train_side = side(store, dataset, "train")
         examples, report = reader.read(train_side if options.resample == "none" else _resampled(train_side, options))
     validation_side = side(store, dataset, "validation")
-    validation = reader.read_held_out(validation_side)
+    validation = reader.read_held_out("validation", validation_side)
     test_side: list[Example] = []
     if request.files:
         asked = list(islice(store.datasets.examples(dataset, "train"), ASKED_EXAMPLES))  # only their prompts matter
@@ -178,10 +181,11 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         template=template,
         chat_format=reader.chat_format,
         material=Material(examples, validation, report),
-        test=reader.read_held_out(test_side),
+        test=reader.read_held_out("test", test_side),
         labels=reader.labels,
         held_out=reader.answerable(asked, answer_tokens) if writes else [],
         sampled=reader.answerable(_drawn(validation_side, options.seed), options.sample_tokens) if writes else [],
+        left_out=reader.left_out,
     )
 
 
@@ -199,7 +203,8 @@ def _drawn(examples: Iterable[Example], seed: int) -> list[Example]:
 class _Reader:
     """Turns the examples of one side into units, by method.
 
-    A classifier's labels are those given, or else those of the first side that is read.
+    A classifier's labels are those given, or else those of the first side that is read. ``left_out`` says what of the
+    sides that are measured was left out.
     """
 
     def __init__(
@@ -213,6 +218,7 @@ class _Reader:
         labels: tuple[str, ...],
     ) -> None:
         self.labels = labels
+        self.left_out: list[Derived] = []
         self.chat_format = ChatFormat.load(folder) if base.kind == "decoder" else None
         self._options = options
         self._folder = folder
@@ -226,12 +232,19 @@ class _Reader:
             equal_answers=options.equal_answers,
         )
 
-    def read_held_out(self, examples: Sequence[Example]) -> Sequence[Unit]:
-        """Return the examples of a side that is measured; there may be none that can be."""
-        try:
-            return self.read(examples, held_out=True)[0] if examples else []
-        except NothingToLearnError:
+    def read_held_out(self, name: str, examples: Sequence[Example]) -> Sequence[Unit]:
+        """Return the examples of a side that is measured; what cannot be is left out, and told in ``left_out``."""
+        if not examples:
             return []
+        try:
+            units, report = self.read(examples, held_out=True)
+        except NothingToLearnError:
+            self.left_out.append(Derived(name=f"{name} side", value="none", reason="nothing of it can be measured"))
+            return []
+        if dropped := sum(report.dropped.values()):
+            reason = f"{dropped:,} of {len(examples):,} cannot be measured and are left out"
+            self.left_out.append(Derived(name=f"{name} side", value=f"{report.rendered:,}", reason=reason))
+        return units
 
     def read(self, examples: Sequence[Example], *, held_out: bool = False) -> tuple[Sequence[Unit], RenderReport]:
         """Return examples as units of the method."""
@@ -303,10 +316,10 @@ class _Reader:
         return TextRenderer(self._template, self._options.columns, self._fields)
 
 
-def _is_large(store: Store, dataset: DatasetVersion, options: TrainingConfig) -> bool:
-    """Return whether a data set's tokens are kept on disk: where its lists would take gigabytes."""
+def _is_read_from_disk(dataset: DatasetVersion, options: TrainingConfig, data_bytes: int, free_bytes: int) -> bool:
+    """Return whether a data set's tokens are kept on disk: lists of them would take gigabytes, or all there is."""
     streams = options.method not in ("classification", "regression") and options.resample == "none"
-    return streams and dataset.split is not None and store.datasets.bytes(dataset) > LARGE_BYTES
+    return streams and dataset.split is not None and data_bytes > min(LARGE_BYTES, free_bytes / HELD_FOR_A_BYTE)
 
 
 def _check_held(data_bytes: int, free_bytes: int) -> None:
@@ -318,10 +331,9 @@ def _check_held(data_bytes: int, free_bytes: int) -> None:
     need = data_bytes * HELD_FOR_A_BYTE
     if need > free_bytes:
         raise CapacityError(
-            f"The data set has {data_bytes / 1e9:.1f} GB, of which this method and these options hold the tokens in "
-            f"memory: about {need / 1e9:.0f} GB, and {free_bytes / 1e9:.0f} GB are free.",
-            hint="leave resample out (other methods than classification and regression then read from disk), or train "
-            "on a sample",
+            f"The data set has {data_bytes / 1e9:.1f} GB, and its tokens are held in memory with this method, or with "
+            f"resample: about {need / 1e9:.0f} GB, and {free_bytes / 1e9:.0f} GB are free.",
+            hint="train on a sample; without resample, methods other than classification and regression read from disk",
         )
 
 

@@ -128,6 +128,7 @@ async def lease(
     Raises:
         ApiError: 404, where the caller has no model of that name; 400, where it is one that does not write.
         EngineError: the model cannot be loaded.
+        CapacityError: the model is larger than all engines may be.
         BusyError: all engines stayed busy.
     """
     try:

@@ -40,6 +40,7 @@ async def lease_encoder(resources: AsyncExitStack, service: Service, caller: Cal
     Raises:
         ApiError: 404, where the caller has no model of that name; 400, where it is no encoder.
         EngineError: the model cannot be loaded.
+        CapacityError: the model is larger than all engines may be.
         BusyError: all engines stayed busy.
     """
     try:
