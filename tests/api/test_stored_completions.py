@@ -139,6 +139,30 @@ def test_labels_are_replaced_and_a_deleted_one_is_gone(live: Live) -> None:
             missing(answer.id)
 
 
+ODD_KEYS = ['q"x', "a.b", "$", "[0]", "a]b", "\\", "it's", "%", "tab\tnew\nline", "größe", "", " "]
+
+
+def test_completions_are_found_by_labels_whatever_these_are_called(live: Live) -> None:
+    completions = client_of(live, "labels").chat.completions
+    ids = {key: completions.create(**SHORT, store=True, metadata={key: "yes", "of": "all"}).id for key in ODD_KEYS}
+    for key, id in ids.items():
+        assert [one.id for one in completions.list(metadata={key: "yes", "of": "all"})] == [id]
+        assert list(completions.list(metadata={key: "no"})) == []
+    assert [one.id for one in completions.list(metadata={"of": "all"}, limit=5)] == list(ids.values())
+
+
+def test_completions_without_labels_are_found(live: Live) -> None:
+    completions = client_of(live, "unlabelled").chat.completions
+    labels: list[Any] = [openai.omit, {"a": "1"}, {}, openai.omit, {"b": "null"}, openai.omit]
+    ids = [completions.create(**SHORT, store=True, metadata=one).id for one in labels]
+    without: dict[str, object] = {"metadata": "null"}
+    assert [one.id for one in completions.list(extra_query=without, order="asc")] == [ids[n] for n in (0, 2, 3, 5)]
+    page = completions.list(extra_query=without, order="desc", limit=2)
+    assert ([one.id for one in page.data], page.has_more) == ([ids[5], ids[3]], True)
+    page = completions.list(extra_query=without, order="desc", limit=2, after=ids[3])
+    assert ([one.id for one in page.data], page.has_more) == ([ids[2], ids[0]], False)
+
+
 @pytest.mark.parametrize(
     "metadata", [{"a": 1}, {"a" * 65: "b"}, {"a": "b" * 513}, {str(n): "" for n in range(17)}, "a"]
 )

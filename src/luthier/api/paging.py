@@ -12,7 +12,7 @@ from luthier.records.stored import Page
 from luthier.serve.api_error import ApiError
 
 Item = TypeVar("Item")
-METADATA_PARAMETER = re.compile(r"metadata\[([^\]]*)\]")
+METADATA_PARAMETER = re.compile(r"metadata\[(.*)\]", re.DOTALL)  # a key may have brackets of its own
 
 
 def list_of(page: Page[Item], show: Callable[[Item], dict[str, Any]]) -> dict[str, Any]:

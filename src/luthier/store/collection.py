@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import sqlalchemy as sa
 
@@ -107,7 +107,7 @@ class Collection(Generic[T]):
             model: See there.
             fields: Only those whose record has these texts.
             metadata: Only those with all of these labels.
-            no_metadata: Only those without any.
+            no_metadata: Only those without any, whatever ``metadata`` says.
 
         Raises:
             NotFoundError: there is no thing with the id ``after``.
@@ -118,10 +118,6 @@ class Collection(Generic[T]):
                 query = query.where(column == wanted)
         for name, value in (fields or {}).items():
             query = query.where(objects.c.record[name].as_string() == value)
-        for key, value in (metadata or {}).items():
-            query = query.where(objects.c.record["metadata"][key].as_string() == value)
-        if no_metadata:
-            query = query.where(objects.c.record["metadata"].as_string().in_(("{}", "null")))
         with self._database.read() as connection:
             if after is not None:
                 place = connection.execute(sa.select(objects.c.sequence).where(self._is(project, after))).scalar()
@@ -129,7 +125,11 @@ class Collection(Generic[T]):
                     raise self._missing(after)
                 query = query.where(objects.c.sequence < place if order == "desc" else objects.c.sequence > place)
             direction = objects.c.sequence.desc() if order == "desc" else objects.c.sequence.asc()
-            found = connection.execute(query.order_by(direction).limit(limit + 1)).scalars().all()
+            query = query.order_by(direction)
+            if metadata or no_metadata:
+                places = _labelled(connection, query, {} if no_metadata else metadata or {}, limit + 1)
+                query = query.where(objects.c.sequence.in_(places))
+            found = connection.execute(query.limit(limit + 1)).scalars().all()
         things = tuple(self._record.model_validate(record) for record in found[:limit])
         return Page(items=things, has_more=len(found) > limit)
 
@@ -161,6 +161,23 @@ class Collection(Generic[T]):
 
     def _missing(self, id: str) -> NotFoundError:
         return NotFoundError(f"There is no {self._kind} {id!r}.")
+
+
+def _labelled(connection: sa.Connection, query: sa.Select[Any], metadata: Mapping[str, str], most: int) -> list[int]:
+    """Return the places of the first things with some labels, or without any where none are given.
+
+    Labels are compared here, because users choose their keys: one with a quotation mark in it cannot be written in a
+    path of SQLite's JSON. No more than the labels of a thing are read.
+    """
+    labels_of = query.with_only_columns(objects.c.sequence, objects.c.record["metadata"])
+    places: list[int] = []
+    for place, labels in connection.execute(labels_of.execution_options(yield_per=BLOCK)):
+        has = labels or {}
+        if all(has.get(key) == value for key, value in metadata.items()) if metadata else not has:
+            places.append(place)
+        if len(places) == most:
+            break
+    return places
 
 
 def _row(thing: Stored) -> dict[str, object]:
