@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from luthier.errors import NotFoundError
-from luthier.serve.pool import ModelPool
+from luthier.serve.pool import ModelPool, Resolved
 from tests.api.conftest import Live
 from tests.templates.tool_templates import HERMES, QWEN_CODER
 
@@ -40,10 +40,10 @@ def client(served_tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         folders[name] = Path(shutil.copytree(served_tiny_model, tmp_path_factory.mktemp("served") / name))
         (folders[name] / "chat_template.jinja").write_text(template, "utf-8")
 
-    def resolve(_: str, name: str) -> Path:
+    def resolve(_: str, name: str) -> Resolved:
         if name not in folders:
             raise NotFoundError(f"The model {name!r} does not exist.")
-        return folders[name]
+        return Resolved(name, folders[name])
 
     live = Live(tmp_path_factory.mktemp("bound") / "home", ModelPool(resolve, lambda _: []))
     yield live.client()

@@ -183,7 +183,7 @@ def test_a_killed_worker_goes_on_and_leaves_one_dataset_one_file_and_the_last_ep
     process.wait()
     assert store.runs.get(run.id).status == "running"
     finished = follow(store, run.id)
-    assert (finished.status, finished.attempts) == ("succeeded", 2), finished.error
+    assert (finished.status, finished.attempts) == ("succeeded", 1), finished.error  # it came forward again
     assert finished.result is not None
     checkpoints = list(store.checkpoints.all("default", parent=run.id))
     assert [one.step for one in checkpoints] == [112, 116, 120]

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from luthier.llm.engine.grammar_memory import USUAL_BYTES, GrammarMemory
 from luthier.llm.engine.openvino_numerics import is_quantised, plugin_properties
 from luthier.llm.engine.prefix_gate import PrefixGate, prefix_blocks
 from luthier.llm.engine.worker_socket import WorkerSocket, worker_arguments
-from luthier.records.base_model import EnginePrecision
 
 TELEMETRY_MODULE = "openvino_telemetry"
 MAX_BATCHED_TOKENS = 256
@@ -282,7 +281,7 @@ def _arguments() -> argparse.Namespace:
     parser = worker_arguments(__doc__)
     parser.add_argument("--cache-gigabytes", type=int, default=2)
     parser.add_argument("--grammar-bytes", type=int)
-    parser.add_argument("--precision", choices=get_args(EnginePrecision), default="auto")
+    parser.add_argument("--precision", default="auto")  # EngineOptions knows which there are
     return parser.parse_args()
 
 
