@@ -20,16 +20,16 @@ MAX_STOPS = 4
 MAX_BIAS = 100
 DEFAULT_TEMPERATURE = 1.0
 SMALLEST_TEMPERATURE = 1e-6
+SMALLEST_TOP_P = 1e-6  # top_p 0 means the likeliest token alone
 OTHER_SERVERS = (
     *("min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids", "prompt_logprobs"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar", "json_schema"),
     *("chat_template", "chat_template_kwargs", "continue_final_message", "add_generation_prompt", "use_beam_search"),
 )
-SMALLEST_TOP_P = 1e-6  # top_p 0 means the likeliest token alone
 
-Refusals = dict[
-    str, tuple[Callable[[Any], bool], str]
-]  # a field's name, which of its values mean something, and why not
+Refusals = dict[str, tuple[Callable[[Any], bool], str]]
+"""Fields that a request may not have: which of their values would change something, and why they are refused."""
+
 OF_OTHER_SERVERS: Refusals = dict.fromkeys(
     OTHER_SERVERS, (lambda value: value not in (None, False, [], {}), "not supported here")
 )

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from luthier.errors import EngineError, NotFoundError
@@ -24,8 +23,6 @@ NAME = re.compile(r"ft:.+:ckpt-step-\d+")
 MAKER = (sys.executable, "-m", "luthier.workflows.checkpoint_form")
 SERVED: ArtifactKind = "gguf-f16"
 FORMS: tuple[ArtifactKind, ...] = ("adapter", SERVED)
-
-_making = threading.Lock()  # one merge at a time: each holds a whole model in memory
 
 
 def is_checkpoint(name: str) -> bool:
@@ -123,11 +120,8 @@ def checkpoint_folder(store: Store, checkpoint: Checkpoint) -> Path:
     folder = served_place(store, checkpoint)
     if folder.is_dir():
         return folder
-    with _making:
-        if folder.is_dir():  # by now
-            return folder
-        command = [*MAKER, "--home", str(store.home), "--project", checkpoint.project, "--id", checkpoint.id]
-        made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    command = [*MAKER, "--home", str(store.home), "--project", checkpoint.project, "--id", checkpoint.id]
+    made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if not folder.is_dir():
         last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise EngineError(f"The checkpoint {checkpoint.model!r} could not be made ready for serving: {last}")

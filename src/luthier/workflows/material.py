@@ -25,7 +25,7 @@ from luthier.records.model import TunedModel, check_suffix
 from luthier.records.objectives import PAIRED, product
 from luthier.records.record import Record
 from luthier.records.template import TemplateVersion
-from luthier.records.training import Derived, TrainingConfig, TrainingPlan
+from luthier.records.training import AdapterShape, Derived, TrainingConfig, TrainingPlan
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
 from luthier.templates.labelled import TextRenderer, label_names, labelled_texts, load_tokenizer, tokenize_labelled
@@ -93,6 +93,7 @@ class Prepared:
     base: BaseModelInfo
     base_folder: Path
     start_adapter: Path | None
+    start_shape: AdapterShape | None
     dataset: DatasetVersion
     template: TemplateVersion | None
     chat_format: ChatFormat | None
@@ -116,11 +117,11 @@ class Prepared:
             proven=self.request.parity_prompts > 0 and product(options.method) == "generator",
         )
         sizes = shape(self.base_folder, self.base.parameters)
-        start = read_adapter(self.start_adapter) if self.start_adapter else None
-        made = plan_training(known, options, sizes, machine, start)
+        made = plan_training(known, options, sizes, machine, self.start_shape)
         notes = list(self.left_out)
-        if start is not None and self.request.adapter is not None and start.base not in (None, self.base.id):
-            reason = f"it says that it was made on {start.base}, which is taken to be {self.base.id}"
+        said = self.start_shape.base if self.start_shape and self.request.adapter else None
+        if said not in (None, self.base.id):
+            reason = f"it says that it was made on {said}, which is taken to be {self.base.id}"
             notes.append(Derived(name="adapter", value=str(self.start_adapter), reason=reason))
         return made.model_copy(update={"reasons": (*made.reasons, *notes)})
 
@@ -138,23 +139,17 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     options = request.options
     if request.suffix:
         check_suffix(request.suffix)
-    base, start = _base(store, request.base)
+    base, start_adapter, labels = _start(store, request)
+    start_shape = read_adapter(start_adapter) if start_adapter else None
     folder = store.models.base_folder(base)
     writes = product(options.method) == "generator"
-    _check_kind(base, options)
-    if start is not None:
-        _check_going_on(start, base, options)
-    start_adapter = store.models.artifact_folder(start.artifacts["adapter"]) if start else request.adapter
-    if start_adapter is not None:
-        read_adapter(start_adapter)  # one that cannot be used is refused before anything is read
-        _check_given(start.name if start else str(start_adapter), options)
     if writes:
         served_folder(store, base.id)  # a base that cannot be served is refused now, not after the training
     if request.dataset is None:
         raise InputError("The run's files are not a dataset yet.", hint="submit the run; its worker makes one")
     dataset = store.datasets.get(request.dataset)
     template = store.templates.get(request.template) if request.template else None
-    reader = _Reader(options, folder, base, dataset, template, labels=start.labels if start else ())
+    reader = _Reader(options, folder, base, dataset, template, labels=labels)
     data_bytes, free_bytes = store.datasets.bytes(dataset), machine_memory().free_bytes
     if _is_read_from_disk(dataset, options, data_bytes, free_bytes):
         examples, report = reader.spool(store.datasets.examples(dataset, "train"), scratch)
@@ -177,6 +172,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
         base=base,
         base_folder=folder,
         start_adapter=start_adapter,
+        start_shape=start_shape,
         dataset=dataset,
         template=template,
         chat_format=reader.chat_format,
@@ -337,17 +333,30 @@ def _check_held(data_bytes: int, free_bytes: int) -> None:
         )
 
 
-def _base(store: Store, name: str) -> tuple[BaseModelInfo, TunedModel | None]:
-    """Return the base model, and the model from whose adapter training goes on where a tuned one is named."""
-    if not name.startswith("ft:"):
-        return store.models.base(name), None
-    tuned = store.models.get(name)
+def _start(store: Store, request: TrainRequest) -> tuple[BaseModelInfo, Path | None, tuple[str, ...]]:
+    """Return the base, and the adapter to go on from with its labels, where a tuned model or an adapter is named.
+
+    Raises:
+        NotFoundError: there is no such model.
+        InputError: it does not fit the method or the options.
+    """
+    if not request.base.startswith("ft:"):
+        base = store.models.base(request.base)
+        _check_kind(base, request.options)
+        if request.adapter is not None:
+            _check_given(str(request.adapter), request.options)
+        return base, request.adapter, ()
+    tuned = store.models.get(request.base)
     if "adapter" not in tuned.artifacts:
         raise InputError(
-            f"{name} was trained whole and has no adapter to go on from.",
+            f"{tuned.name} was trained whole and has no adapter to go on from.",
             hint="pull its merged form as a base: luthier model export NAME merged, then luthier model pull FOLDER",
         )
-    return store.models.base(tuned.base), tuned
+    base = store.models.base(tuned.base)
+    _check_kind(base, request.options)
+    _check_going_on(tuned, base, request.options)
+    _check_given(tuned.name, request.options)
+    return base, store.models.artifact_folder(tuned.artifacts["adapter"]), tuned.labels
 
 
 def _check_kind(base: BaseModelInfo, options: TrainingConfig) -> None:
