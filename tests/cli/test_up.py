@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -126,6 +127,32 @@ def test_a_run_that_is_under_way_at_the_end_goes_on_at_the_next_start(start: Cal
     client.fine_tuning.jobs.cancel(job)
     until(lambda: client.fine_tuning.jobs.retrieve(job).status == "cancelled")
     store.close()
+
+
+def test_a_service_that_is_killed_with_all_its_processes_loses_nothing_that_it_had_acknowledged(
+    start: Callable[..., Up],
+) -> None:
+    first = start()
+    client = first.client()
+    asked: dict[str, Any] = {"model": "tiny-base", "messages": [{"role": "user", "content": "hello"}], "store": True}
+    (kept,) = {chunk.id for chunk in client.chat.completions.create(**asked, max_tokens=3, stream=True)}
+    job = begin_job(client, epochs=12)
+    until(lambda: trains(client, job))
+    stream = client.chat.completions.create(**asked, max_tokens=1900, n=64, stream=True)  # one of so many is long
+    next(iter(stream))
+    processes = [psutil.Process(first.process.pid), *psutil.Process(first.process.pid).children(recursive=True)]
+    for process in processes:  # a worker would outlive its server
+        process.kill()
+    first.process.communicate()
+    with pytest.raises(openai.APIConnectionError):
+        list(stream)
+    client = start().client()
+    assert [one.id for one in client.chat.completions.list()] == [kept]
+    assert client.chat.completions.create(**asked, max_tokens=3).choices
+    until(lambda: client.fine_tuning.jobs.retrieve(job).status in ("succeeded", "failed"))
+    ended = client.fine_tuning.jobs.retrieve(job)
+    assert ended.status == "succeeded", ended.error
+    assert ended.fine_tuned_model in [model.id for model in client.models.list()]
 
 
 def test_the_example_that_is_written_for_openai_runs_unchanged(
