@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 MAX_PROBLEMS_SHOWN = 20
+PROBLEMS_KEPT = 10_000  # of data that memory cannot hold: an error has no more findings than these
 
 
 class LuthierError(Exception):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from luthier.errors import InputError
+from luthier.errors import InputError, NothingToLearnError
 from luthier.records.example import Example
-from luthier.templates.column_values import read_margins, read_thumbs, read_weights
+from luthier.templates import column_values
+from luthier.templates.column_values import in_parts, read_margins, read_thumbs, read_weights, with_weight
+from luthier.templates.labelled import LabelledText
 
 
 def rows(*values: Any) -> list[Example]:
@@ -37,9 +40,55 @@ def test_wrong_weights_are_all_named_with_their_examples() -> None:
     assert len(caught.value.problems) == len(WRONG)
 
 
+def weighing(*weights: float) -> list[LabelledText]:
+    return [LabelledText("e", "text", "label", weight) for weight in weights]
+
+
 def test_weights_that_are_all_0_leave_nothing_to_learn() -> None:
-    with pytest.raises(InputError, match="All 2 weights in the column 'v' are 0"):
-        read_weights(rows(0, "0.0"), "v")
+    assert read_weights(rows(0, "0.0"), "v") == [0.0, 0.0]
+    with pytest.raises(NothingToLearnError, match="All 2 weights in the column 'v' are 0"):
+        list(with_weight(weighing(0, 0.0), "v"))
+    assert len(list(with_weight(weighing(0, 0.5, 0), "v"))) == 3
+    assert list(with_weight(weighing(), "v")) == []
+
+
+# Any number of examples
+
+
+@pytest.fixture
+def three_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(column_values, "EXAMPLES_AT_ONCE", 3)
+
+
+@pytest.mark.usefixtures("three_at_once")
+def test_examples_are_read_as_they_are_needed() -> None:
+    read = 0
+
+    def endless() -> Iterator[Example]:
+        nonlocal read
+        while True:
+            read += 1
+            yield Example(id=str(read), fields={"v": read})
+
+    weights = in_parts(endless(), lambda some: read_weights(some, "v"))
+    assert [next(weights) for _ in range(4)] == [1, 2, 3, 4]
+    assert read == 6
+
+
+@pytest.mark.usefixtures("three_at_once")
+def test_wrong_values_of_all_parts_are_raised_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*values: Any) -> list[float]:
+        return list(in_parts(rows(*values), lambda some: read_weights(some, "v")))
+
+    with pytest.raises(InputError, match=r"^1 of 3 values in the column 'v' are not valid"):
+        read(1, 2, 3, 4, "x", 6, 7)  # in one part alone: as that part says it
+    with pytest.raises(InputError, match=r"^3 values are not valid\. In the first part: 2 of 3 values") as caught:
+        read(1, -1, "x", 4, 5, 6, None)
+    assert caught.value.problems == ("example e2: weight -1", "example e3: weight 'x'", "example e7: weight None")
+    monkeypatch.setattr(column_values, "PROBLEMS_KEPT", 2)
+    with pytest.raises(InputError, match="3 values are not valid") as caught:
+        read(1, -1, "x", 4, 5, 6, None)
+    assert len(caught.value.problems) == 2
 
 
 def test_margins_may_be_negative_but_must_be_finite() -> None:

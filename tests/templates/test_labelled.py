@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from luthier.errors import InputError, NotFoundError
 from luthier.records.columns import Columns
 from luthier.records.example import Example
 from luthier.records.template import Template
+from luthier.templates import column_values
+from luthier.templates import labelled as labelled_module
 from luthier.templates.labelled import (
     LabelledText,
     TextRenderer,
+    iter_labelled,
+    iter_labelled_texts,
     label_names,
-    labelled_texts,
     load_tokenizer,
     tokenize_labelled,
 )
+from luthier.templates.renderer import RenderReport
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "food", "film"]
 CLS, SEP = 2, 3
@@ -79,23 +84,45 @@ def test_labels_and_weights_come_from_their_columns() -> None:
     examples = [Example(id="e1", fields={"text": "a", "stars": 0, "w": "2"})]
     columns = Columns(label="stars", weight="w")
     renderer = TextRenderer(None, columns, ["text", "stars", "w"])
-    assert labelled_texts(examples, renderer, columns) == [LabelledText("e1", "a", 0, 2.0)]
+    assert list(iter_labelled_texts(examples, renderer, columns)) == [LabelledText("e1", "a", 0, 2.0)]
 
 
 def test_examples_without_a_label_are_all_named() -> None:
     examples = [Example(id=f"e{n}", fields={"text": "a", "label": label}) for n, label in enumerate(["x", "", None])]
     columns = Columns(label="label")
     with pytest.raises(InputError, match="2 of 3 examples have no label in the field 'label'") as caught:
-        labelled_texts(examples, TextRenderer(None, columns, ["text", "label"]), columns)
+        list(iter_labelled_texts(examples, TextRenderer(None, columns, ["text", "label"]), columns))
     assert caught.value.problems == ("example e1 has no 'label'", "example e2 has no 'label'")
+    with pytest.raises(InputError, match="2 of 3 examples have no label in the field 'label'"):
+        label_names(examples, columns)
     with pytest.raises(InputError, match=r"No label column is named\. Did you mean 'label'"):
-        labelled_texts(examples, TextRenderer(None, Columns(), ["text", "label"]), Columns())
+        iter_labelled_texts(examples, TextRenderer(None, Columns(), ["text", "label"]), Columns())
+    with pytest.raises(InputError, match=r"No label column is named\. Did you mean 'label'"):
+        label_names(examples, Columns())
+
+
+def test_examples_of_all_parts_without_a_label_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(column_values, "EXAMPLES_AT_ONCE", 2)
+    examples = with_labels("x", "", "y", "z", None)
+    columns = Columns(label="label")
+    for read in (
+        lambda: label_names(examples, columns),
+        lambda: list(iter_labelled_texts(examples, TextRenderer(None, columns, ["text", "label"]), columns)),
+    ):
+        with pytest.raises(InputError, match=r"2 values are not valid.*1 of 2 examples have no label") as caught:
+            read()
+        assert caught.value.problems == ("example e2 has no 'label'", "example e5 has no 'label'")
+
+
+def with_labels(*labels: Any) -> list[Example]:
+    return [Example(id=f"e{n}", fields={"text": "a", "label": label}) for n, label in enumerate(labels, 1)]
 
 
 def test_classes_are_the_labels_that_occur_sorted_and_one_is_too_few() -> None:
-    assert label_names(labelled("pos", "neg", "pos", 3, True)) == ("3", "neg", "pos", "true")
+    columns = Columns(label="label")
+    assert label_names(iter(with_labels("pos", "neg", "pos", 3, True)), columns) == ("3", "neg", "pos", "true")
     with pytest.raises(InputError, match="two classes or more; the labels are: pos"):
-        label_names(labelled("pos", "pos"))
+        label_names(with_labels("pos", "pos"), columns)
 
 
 # Texts → tokens
@@ -140,6 +167,20 @@ def test_empty_texts_are_refused_or_dropped(tokenizer: Tokenizer) -> None:
         tokenize_labelled(texts, tokenizer, ["a", "b"], 16)
     kept, report = tokenize_labelled(texts, tokenizer, ["a", "b"], 16, empty="drop")
     assert ([example.label for example in kept], dict(report.dropped)) == ([1.0], {"empty_text": 1})
+
+
+def test_texts_are_read_one_by_one_and_what_is_wrong_with_them_is_told_at_the_end(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = RenderReport()
+    texts = [*labelled("a"), *labelled("a", text=" "), *labelled("b", text="good food film"), *labelled("c", "d")]
+    found = iter_labelled(iter(texts), tokenizer, ["a", "b"], 4, report, empty="drop")
+    assert [next(found).label, next(found).label] == [0.0, 1.0]
+    assert report == RenderReport(rendered=2, dropped=Counter(empty_text=1), truncated=1)
+    monkeypatch.setattr(labelled_module, "PROBLEMS_KEPT", 1)
+    with pytest.raises(InputError, match="2 texts cannot be learned from") as caught:
+        next(found)
+    assert caught.value.problems == ("example e1: the label 'c' is unknown. Known: 'a', 'b'.",)
 
 
 def test_limit_must_leave_room_for_text(tokenizer: Tokenizer) -> None:

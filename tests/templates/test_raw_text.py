@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, processors
 
 from luthier.errors import InputError
 from luthier.templates.chat_format import ChatFormat
-from luthier.templates.raw_text import BATCH_DOCUMENTS, iter_documents, tokenize_documents
+from luthier.templates.raw_text import BATCH_DOCUMENTS, iter_documents
 from luthier.templates.renderer import RenderReport
 
 
@@ -45,7 +45,8 @@ def test_pieces_are_numbered_and_short_ones_and_empty_documents_counted(chatml: 
     eight = "abcdefgh"
     tokens = [*chatml.encode(eight), END]
     length = len(tokens) - 1
-    pieces, report = tokenize_documents([("a", eight), ("b", " \n"), ("c", eight * 2)], chatml, length=length)
+    report, documents = RenderReport(), [("a", eight), ("b", " \n"), ("c", eight * 2)]
+    pieces = list(iter_documents(documents, chatml, length=length, report=report))
     assert [piece.example_id for piece in pieces][:2] == ["a#1", "c#1"]
     assert pieces[0].tokens == tokens[:-1]
     assert report.dropped["empty_document"] == 1
@@ -59,7 +60,7 @@ def test_beginning_token_of_the_tokenizer_stands_first_and_an_end_is_not_doubled
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", START), ("<|im_end|>", END)]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    (piece,), _ = tokenize_documents([("a", "user")], ChatFormat.load(folder), length=99)
+    (piece,) = iter_documents([("a", "user")], ChatFormat.load(folder), length=99)
     assert (piece.tokens[0], piece.tokens[-1], piece.tokens.count(END)) == (START, END, 1)
 
 
@@ -94,5 +95,5 @@ def test_length_outside_the_context_is_refused_at_once(chatml: ChatFormat, lengt
 
 def test_corpus_of_nothing_is_refused(chatml: ChatFormat) -> None:
     with pytest.raises(InputError, match="No text is left") as caught:
-        tokenize_documents([("a", " ")], chatml, length=8)
+        list(iter_documents([("a", " ")], chatml, length=8))
     assert caught.value.problems == ("empty_document: 1",)

@@ -20,7 +20,7 @@ from tool_templates import HERMES, LLAMA, MISTRAL, QWEN_CODER
 from luthier.errors import InputError
 from luthier.records.example import Conversation, Example, Message, Tool, ToolCall
 from luthier.templates.chat_format import ChatFormat
-from luthier.templates.renderer import RenderPolicy, TemplateRenderer, tokenize, tokenize_pairs
+from luthier.templates.renderer import RenderPolicy, RenderReport, TemplateRenderer, iter_pairs, tokenize
 
 WEATHER: Tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 POLICY = RenderPolicy(max_tokens=2000)
@@ -78,11 +78,11 @@ def test_calls_can_be_preferred_to_each_other(hermes: ChatFormat) -> None:
         rejected=(calls('{"city": "Rome"}'),),
         tools=(WEATHER,),
     )
-    ((one,), _) = tokenize_pairs([pair], hermes, POLICY)
+    (one,) = iter_pairs([pair], hermes, POLICY, RenderReport())
     assert one.chosen.tokens != one.rejected.tokens
     same = pair.model_copy(update={"rejected": (calls('{"city": "Bonn"}', id="other"),)})
     with pytest.raises(InputError, match="nothing to prefer"):
-        tokenize_pairs([same], hermes, POLICY)
+        list(iter_pairs([same], hermes, POLICY, RenderReport()))
 
 
 @pytest.mark.parametrize(

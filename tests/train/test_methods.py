@@ -378,14 +378,22 @@ def put_back(model: Any, folder: Path) -> None:
         assert torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize("method", ["supervised", "dpo", "kto"])
-def test_units_on_disk_give_the_numbers_of_those_in_memory(tiny_base: Path, tmp_path: Path, method: str) -> None:
-    job = make_job(tiny_base, tmp_path / "held", method=method)
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        *(("tiny_base", method) for method in ("supervised", "dpo", "kto", *LABELLED)),
+        *(("tiny_encoder", method) for method in LABELLED),
+    ],
+)
+def test_units_on_disk_give_the_numbers_of_those_in_memory(
+    base: str, method: str, request: Any, tmp_path: Path
+) -> None:
+    job = make_job(request.getfixturevalue(base), tmp_path / "held", method=method)
     kind: Any = SpooledPairs if method == "dpo" else SpooledExamples
     spooled = replace(job, examples=kind.write(tmp_path / "units", job.examples), folder=tmp_path / "spooled")
     (held, _, _), (read, _, _) = run(job), run(spooled, stop_at=5)
     read += run(spooled)[0]  # goes on from disk, too
-    assert [one.train_loss for one in read] == [one.train_loss for one in held]
+    assert [told(one) for one in read] == [told(one) for one in held]
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from luthier.errors import CapacityError, ConflictError, InputError, LuthierError, MissingDependencyError, RunStopped
 from luthier.records.dataset import SplitConfig
 from luthier.records.template import Template
-from luthier.records.training import TrainingConfig
+from luthier.records.training import StepMetrics, TrainingConfig, TrainingResult
 from luthier.store.store import Store
-from luthier.templates import renderer
+from luthier.templates import column_values
 from luthier.templates.renderer import TokenizedExample, TokenizedPair
+from luthier.train.memory import data_bytes
 from luthier.workflows.datasets import import_dataset, split_dataset
 from luthier.workflows.models import pull
 from luthier.workflows.templates import save_template
@@ -167,32 +168,121 @@ def test_a_checkpoint_of_another_dataset_version(store: Store, tmp_path: Path) -
         train(replace(job, examples=list(prepared.material.examples)[:-1]), lambda metrics: None, stop)
 
 
+ANSWERED = Template(user="{{text}}", assistant="{{label}}")
 LARGE: dict[str, dict[str, Any]] = {
-    "supervised": {"template": Template(user="{{text}}", assistant="{{label}}")},
-    "raw_text": {"template": Template(user="{{text}}", assistant="{{label}}")},
-    "dpo": {"columns": {"margin": "m", "weight": "w"}},
-    "kto": {"columns": {"thumb": "t", "weight": "w"}, "template": Template(user="{{text}}", assistant="{{label}}")},
+    "supervised": {"template": ANSWERED},
+    "raw_text": {"method": "raw_text", "template": ANSWERED},
+    "dpo": {"method": "dpo", "columns": {"margin": "m", "weight": "w"}},
+    "orpo": {"method": "orpo", "columns": {"weight": "w"}},
+    "kto": {"method": "kto", "columns": {"thumb": "t", "weight": "w"}, "template": ANSWERED},
+    "classification": {"method": "classification", "columns": {"label": "label", "weight": "w"}},
+    "regression": {"method": "regression", "columns": {"label": "m", "weight": "w"}},
+    "resampled": {"resample": {"yes": 2.5}, "columns": {"group": "label"}, "template": ANSWERED},
+    "balanced": {"method": "classification", "resample": "balanced", "columns": {"label": "label", "group": "w"}},
 }
 
 
-@pytest.mark.parametrize("method", LARGE)
+def large(store: Store, folder: Path, case: str) -> TrainRequest:
+    given = rows(m=lambda i: i / 8, w=lambda i: 1 + i % 3, t=lambda i: "up" if i % 2 else "down")
+    return request(store, folder, given, **LARGE[case])
+
+
+@pytest.mark.parametrize("case", LARGE)
 def test_a_data_set_that_does_not_fit_into_memory_is_planned_as_any_other(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     from luthier.templates.spool import SpooledExamples, SpooledPairs
     from luthier.workflows import material
 
-    monkeypatch.setattr(renderer, "EXAMPLES_AT_ONCE", 7)
-    given = rows(m=lambda i: i / 8, w=lambda i: 1 + i % 3, t=lambda i: "up" if i % 2 else "down")
-    asked = request(store, tmp_path, given, method=method, **LARGE[method])
+    monkeypatch.setattr(column_values, "EXAMPLES_AT_ONCE", 7)
+    asked = large(store, tmp_path, case)
     held = material.prepare(store, asked, 8, tmp_path / "held")
+    assert isinstance(held.material.examples, list)
     monkeypatch.setattr(material, "LARGE_BYTES", 0)
     spooled = material.prepare(store, asked, 8, tmp_path / "spooled")
-    assert isinstance(spooled.material.examples, SpooledPairs if method == "dpo" else SpooledExamples)
-    assert list(spooled.material.examples) == list(held.material.examples)
+    assert isinstance(spooled.material.examples, SpooledPairs if case in ("dpo", "orpo") else SpooledExamples)
+    assert list(spooled.material.examples) == held.material.examples
     assert spooled.material.report == held.material.report
-    tokens = sum(len(side.tokens) for unit in held.material.examples for side in sides(unit))
-    assert plan(store, asked, measure=False).tokens_per_epoch == tokens
+    assert spooled.labels == held.labels
+    assert list(spooled.test) == list(held.test)
+    made = plan(store, asked, measure=False)
+    assert made.tokens_per_epoch == tokens_of(held.material.examples)
+    # The references of DPO and KTO are asked for units that are all in memory.
+    in_memory = [*held.test, *(held.material.examples if case in ("dpo", "kto") else [])]
+    assert made.data_bytes == data_bytes(len(in_memory), tokens_of(in_memory))
+
+
+def tokens_of(units: Iterable[TokenizedExample | TokenizedPair]) -> int:
+    return sum(len(one.tokens) for unit in units for one in sides(unit))
+
+
+@pytest.mark.parametrize("case", ["classification", "regression", "resampled", "balanced"])
+def test_training_from_disk_gives_the_numbers_of_training_from_memory(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    from luthier.llm.engine.torch_model import measure_machine
+    from luthier.train.engine.loop import TrainingJob, train
+    from luthier.workflows import material
+
+    asked, machine = large(store, tmp_path, case), measure_machine()
+
+    def numbers(name: str) -> tuple[list[StepMetrics], TrainingResult]:
+        prepared = material.prepare(store, asked, 8, tmp_path / name / "units")
+        made = prepared.plan(machine)
+        examples, folder = prepared.material.examples, prepared.base_folder
+        steps: list[StepMetrics] = []
+        job = TrainingJob(made, examples, prepared.test, folder, "tiny-base", tmp_path / name, labels=prepared.labels)
+        return steps, train(job, steps.append, lambda: None)
+
+    (held, result) = numbers("held")
+    monkeypatch.setattr(material, "LARGE_BYTES", 0)
+    (read, again) = numbers("spooled")
+    assert len(held) > 4
+    timed = {"tokens_per_second": 0, "seconds_left": 0}
+    assert [one.model_copy(update=timed) for one in read] == [one.model_copy(update=timed) for one in held]
+    assert (again.best_valid_loss, again.valid_metrics) == (result.best_valid_loss, result.valid_metrics)
+
+
+CLASSES = {"method": "classification", "columns": {"label": "label"}}
+NUMBERS = {"method": "regression", "columns": {"label": "n"}}
+GROUPS = {"resample": "balanced", "columns": {"group": "group"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "said"),
+    [
+        (
+            {"label": lambda i: "" if i in (2, 13, 21) else "yes"},
+            CLASSES,
+            "3 of 20 examples have no label in the field",
+        ),
+        ({"label": lambda i: "yes"}, CLASSES, "two classes or more; the labels are: yes"),
+        ({}, {"method": "classification"}, "No label column is named. Did you mean 'label'?"),
+        ({"text": lambda i: " " if i in (2, 13) else "a"}, CLASSES, "2 texts cannot be learned from"),
+        ({"text": lambda i: " "}, CLASSES | {"empty_mask": "drop"}, "No text is left to learn from"),
+        ({"n": lambda i: "many" if i in (2, 13, 21) else i}, NUMBERS, "3 texts cannot be learned from"),
+        ({"n": lambda i: i, "w": lambda i: 0}, NUMBERS | {"columns": {"label": "n", "weight": "w"}}, "All 20 weights"),
+        ({"group": lambda i: None if i in (2, 13, 21) else "a"}, GROUPS, "3 of 20 examples have no group"),
+        ({"groups": lambda i: "a"}, GROUPS, "no field 'group' to take the groups from. Did you mean 'groups'?"),
+        ({"group": lambda i: "a"}, GROUPS | {"resample": {"b": 2, "a": -1}}, "there is no group 'b'. Known: 'a'."),
+        ({"group": lambda i: "a"}, GROUPS | {"resample": {"a": 0}}, "every group that there is has the factor 0"),
+    ],
+)
+def test_what_a_large_data_set_cannot_do_is_told_as_of_any_other(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Callable[[int], Any]],
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    from luthier.workflows import material
+
+    asked = request(store, tmp_path, rows(**more), **options)
+    held = refused(store, asked)
+    monkeypatch.setattr(material, "LARGE_BYTES", 0)
+    assert refused(store, asked) == held
+    assert said in held
 
 
 def sides(unit: TokenizedExample | TokenizedPair) -> tuple[TokenizedExample, ...]:
@@ -208,7 +298,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier.workflows import material
 
     monkeypatch.setattr(material, "LARGE_BYTES", 0)
-    monkeypatch.setattr(renderer, "EXAMPLES_AT_ONCE", 7)
+    monkeypatch.setattr(column_values, "EXAMPLES_AT_ONCE", 7)
 
 
 @pytest.mark.usefixtures("in_parts")
@@ -248,17 +338,30 @@ def test_a_large_data_set_of_which_nothing_is_left(
     assert message in refused(store, request(store, tmp_path, given, **options))
 
 
-def test_a_data_set_whose_lists_would_not_fit_is_refused_before_they_are_made(
+def test_what_repeats_examples_until_they_do_not_fit_is_read_from_disk(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.workflows import material
 
-    asked = request(store, tmp_path, rows(), resample="balanced", columns={"group": "label"})
-    assert plan(store, asked, measure=False).examples == 24  # 12 of each
+    more = large(store, tmp_path, "resampled")
+    monkeypatch.setattr(material, "LARGE_BYTES", 1.3 * store.datasets.bytes(store.datasets.get(more.dataset or "")))
+    assert not isinstance(material.prepare(store, more, 8, tmp_path / "units").material.examples, list)
+    fewer = more.model_copy(update={"options": more.options.model_copy(update={"resample": {"yes": 0.5}})})
+    assert isinstance(material.prepare(store, fewer, 8, tmp_path / "units").material.examples, list)
+
+
+def test_sides_that_are_measured_and_would_not_fit_are_refused_before_anything_is_read(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.workflows import material
+
+    asked = large(store, tmp_path, "classification")
     monkeypatch.setattr(material, "HELD_FOR_A_BYTE", 10**12)
-    assert "held in memory with this method, or with resample" in refused(store, asked, CapacityError)
-    streamed = asked.model_copy(update={"options": TrainingConfig(precision="float32")})
-    assert not isinstance(material.prepare(store, streamed, 8, tmp_path / "units").material.examples, list)
+    text = refused(store, asked, CapacityError)
+    assert "that are measured (validation, test)" in text
+    assert "luthier dataset split data --validation 0.01" in text
+    answers = request(store, tmp_path, rows())  # evaluations alone ask for its test side
+    assert not isinstance(material.prepare(store, answers, 8, tmp_path / "units").material.examples, list)
 
 
 def test_prompts_are_drawn_from_a_whole_side_without_holding_it() -> None:

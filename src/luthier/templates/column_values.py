@@ -1,46 +1,84 @@
 """Read what columns say of examples (weights, margins, thumbs, numbers); all wrong values are reported at once.
 
-Values may be JSON's own or text, as they come from CSV.
+Values may be JSON's own or text, as they come from CSV. :func:`in_parts` reads any number of examples, some at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
-from luthier.errors import InputError, NothingToLearnError
+from luthier.errors import PROBLEMS_KEPT, InputError, NothingToLearnError
 from luthier.records.example import Example
 
 T = TypeVar("T")
+EXAMPLES_AT_ONCE = 10_000
 UP = ("true", "1", "yes", "up", "good")
 DOWN = ("false", "0", "no", "down", "bad")
+
+
+class Weighted(Protocol):
+    """What has a weight."""
+
+    @property
+    def weight(self) -> float:
+        """What its loss is multiplied by."""
+
+
+W = TypeVar("W", bound=Weighted)
+
+
+def in_parts(examples: Iterable[Example], read: Callable[[Sequence[Example]], Iterable[T]]) -> Iterator[T]:
+    """Yield what ``read`` makes of :data:`EXAMPLES_AT_ONCE` examples at a time; memory does not grow with their number.
+
+    Raises:
+        InputError: as ``read``; findings (``problems``) of all parts are raised as one, once all of them were read.
+    """
+    first: InputError | None = None
+    found, rows, problems = 0, iter(examples), list[str]()
+    while some := list(islice(rows, EXAMPLES_AT_ONCE)):
+        try:
+            made = read(some)
+        except InputError as error:
+            if not error.problems:
+                raise
+            first = first or error
+            found += len(error.problems)
+            problems += error.problems[: PROBLEMS_KEPT - len(problems)]
+            continue
+        yield from made
+    if first is None:
+        return
+    if found > len(first.problems):
+        message = f"{found:,} values are not valid. In the first part: {first.message}"
+        raise InputError(message, problems=problems, hint=first.hint)
+    raise first
+
+
+def with_weight(units: Iterable[W], column: str | None) -> Iterator[W]:
+    """Yield units whose weights come from a column.
+
+    Raises:
+        NothingToLearnError: no weight is above 0, once all of them were read.
+    """
+    count, weighty = 0, False
+    for unit in units:
+        count += 1
+        weighty = weighty or unit.weight > 0
+        yield unit
+    if count and not weighty:
+        raise NothingToLearnError(f"All {count:,} weights in the column {column!r} are 0: nothing is left to learn.")
 
 
 def read_weights(examples: Sequence[Example], column: str | None) -> list[float]:
     """Return the weight of each example's loss; 1 for all where there is no column.
 
     Raises:
-        InputError: weights that are missing, no finite numbers or negative, all at once; or no weight is above 0.
-    """
-    weights = read_some_weights(examples, column)
-    if weights and not any(weights):
-        raise no_weight(len(weights), column)
-    return weights
-
-
-def read_some_weights(examples: Sequence[Example], column: str | None) -> list[float]:
-    """Return the weights of a part of the examples, which may all be 0.
-
-    Raises:
         InputError: weights that are missing, no finite numbers or negative, all at once.
     """
     return read_values(examples, column, _weight, "weight", "must be a finite number, 0 or more", 1.0)
-
-
-def no_weight(examples: int, column: str | None) -> NothingToLearnError:
-    """Return the error that no example of all has a weight above 0."""
-    return NothingToLearnError(f"All {examples:,} weights in the column {column!r} are 0: nothing is left to learn.")
 
 
 def read_margins(examples: Sequence[Example], column: str | None) -> list[float]:

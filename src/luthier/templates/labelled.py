@@ -5,19 +5,20 @@ Nothing is generated here, so the loss mask is False everywhere; what is learned
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from luthier.errors import InputError, NotFoundError, did_you_mean
+from luthier.errors import PROBLEMS_KEPT, InputError, NotFoundError, did_you_mean
 from luthier.records.columns import Columns
 from luthier.records.example import Example
 from luthier.records.record import canonical_json
 from luthier.records.template import Template
-from luthier.templates.column_values import finite_number, read_weights
+from luthier.templates.column_values import finite_number, in_parts, read_weights, with_weight
 from luthier.templates.handlebars import HandlebarsText
 from luthier.templates.renderer import RenderReport, TokenizedExample
 
@@ -72,16 +73,45 @@ class TextRenderer:
         return value
 
 
-def labelled_texts(examples: Sequence[Example], renderer: TextRenderer, columns: Columns) -> list[LabelledText]:
-    """Return the text, label and weight of each example.
+def iter_labelled_texts(
+    examples: Iterable[Example], renderer: TextRenderer, columns: Columns
+) -> Iterator[LabelledText]:
+    """Yield the text, label and weight of each example; memory does not grow with their number.
 
     Raises:
-        InputError: no label column is named, examples without a label (all at once), or a text or weight is wrong.
+        InputError: no label column is named; a text is wrong; or, once all of them were read, examples without a label
+            or with a wrong weight (all at once), or no weight is above 0.
     """
-    column = columns.label
-    if column is None:
-        known = sorted({name for example in examples for name in example.fields})
+    column = _label_column(examples, columns)
+
+    def read(some: Sequence[Example]) -> list[LabelledText]:
+        rows = zip(some, _labels(column, some), read_weights(some, columns.weight), strict=True)
+        return [LabelledText(example.id, renderer.text(example), label, weight) for example, label, weight in rows]
+
+    return with_weight(in_parts(examples, read), columns.weight)
+
+
+def label_names(examples: Iterable[Example], columns: Columns) -> tuple[str, ...]:
+    """Return the classes that occur, sorted: a class's index is its place here. Nothing but their names is held.
+
+    Raises:
+        InputError: no label column is named, examples have no label (all at once), or there are fewer than two classes.
+    """
+    labels = in_parts(examples, partial(_labels, _label_column(examples, columns)))
+    names = tuple(sorted({_name(label) for label in labels}))
+    if len(names) < 2:
+        raise InputError(f"Classification needs two classes or more; the labels are: {', '.join(names) or 'none'}.")
+    return names
+
+
+def _label_column(examples: Iterable[Example], columns: Columns) -> str:
+    if columns.label is None:
+        known = {name for example in examples for name in example.fields}
         raise InputError(f"No label column is named.{did_you_mean('label', known)}")
+    return columns.label
+
+
+def _labels(column: str, examples: Sequence[Example]) -> list[Any]:
     missing = [example.id for example in examples if example.fields.get(column) in (None, "")]
     if missing:
         raise InputError(
@@ -89,23 +119,7 @@ def labelled_texts(examples: Sequence[Example], renderer: TextRenderer, columns:
             problems=[f"example {example_id} has no {column!r}" for example_id in missing],
             hint="fill the label in, or leave these rows out of the dataset",
         )
-    weights = read_weights(examples, columns.weight)
-    return [
-        LabelledText(example.id, renderer.text(example), example.fields[column], weight)
-        for example, weight in zip(examples, weights, strict=True)
-    ]
-
-
-def label_names(texts: Iterable[LabelledText]) -> tuple[str, ...]:
-    """Return the classes that occur, sorted: a class's index is its place here.
-
-    Raises:
-        InputError: there are fewer than two.
-    """
-    names = tuple(sorted({_name(text.label) for text in texts}))
-    if len(names) < 2:
-        raise InputError(f"Classification needs two classes or more; the labels are: {', '.join(names) or 'none'}.")
-    return names
+    return [example.fields[column] for example in examples]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -131,58 +145,89 @@ def tokenize_labelled(
     *,
     empty: Literal["refuse", "drop"] = "refuse",
 ) -> tuple[list[TokenizedExample], RenderReport]:
-    """Return texts as tokens with the tokenizer's special tokens, and labels as indexes or numbers.
+    """Return texts as tokens, and the count of what was left out or cut: see :func:`iter_labelled`."""
+    report = RenderReport()
+    return list(iter_labelled(texts, tokenizer, labels, max_tokens, report, empty=empty)), report
 
-    A text that is too long loses its end, but not its special tokens ([CLS], [SEP]), and is counted as truncated.
+
+def iter_labelled(
+    texts: Iterable[LabelledText],
+    tokenizer: Tokenizer,
+    labels: Sequence[str] | None,
+    max_tokens: int,
+    report: RenderReport,
+    *,
+    empty: Literal["refuse", "drop"] = "refuse",
+) -> Iterator[TokenizedExample]:
+    """Yield texts as tokens with the tokenizer's special tokens, and labels as indexes or numbers, one by one.
+
+    Memory does not grow with their number. A text that is too long loses its end, but not its special tokens ([CLS],
+    [SEP]), and is counted as truncated.
 
     Args:
         texts: What is to be classified.
         tokenizer: From :func:`load_tokenizer`: one without padding and truncation of its own.
         labels: The classes, in the order of their indexes; None for regression, where a label is a number.
         max_tokens: The most tokens of an example, special ones included.
+        report: Counts, as they become known, texts and what was left out or cut.
         empty: What happens to texts that are nothing but white space.
 
     Raises:
-        InputError: labels that are not among the classes, or no finite numbers, or empty texts that are refused, all at
-            once; ``max_tokens`` leaves no room for text; or nothing is left.
+        InputError: ``max_tokens`` leaves no room for text; or, once all of them were read, labels that are not among
+            the classes, or no finite numbers, or empty texts that are refused (all at once), or nothing is left.
     """
     room = max_tokens - tokenizer.num_special_tokens_to_add(is_pair=False)
     if room < 1:
         raise InputError(f"max_tokens = {max_tokens} leaves no room for text between the tokenizer's special tokens.")
     index_of = None if labels is None else {name: index for index, name in enumerate(labels)}
-    report = RenderReport()
-    kept: list[TokenizedExample] = []
+    return _iter_labelled(texts, tokenizer, index_of, room, report, empty)
+
+
+def _iter_labelled(
+    texts: Iterable[LabelledText],
+    tokenizer: Tokenizer,
+    index_of: dict[str, int] | None,
+    room: int,
+    report: RenderReport,
+    empty: Literal["refuse", "drop"],
+) -> Iterator[TokenizedExample]:
+    refused = 0
     problems: list[str] = []
     for text in texts:
-        label, problem = _read_label(text.label, index_of)
-        if not text.text.strip() and empty == "drop":
+        is_empty, label = not text.text.strip(), _read_label(text.label, index_of)
+        if is_empty and empty == "drop":
             report.dropped["empty_text"] += 1
-            continue
-        problems += [f"example {text.example_id}: {p}" for p in (problem, _text_problem(text.text)) if p]
-        if not problems:
+        elif is_empty or label is None:
+            refused += 1
+            if len(problems) < PROBLEMS_KEPT:
+                found = [_label_problem(text.label, index_of)] if label is None else []
+                found += ["the text is empty"] if is_empty else []
+                problems += [f"example {text.example_id}: {problem}" for problem in found]
+        elif not refused:
+            report.rendered += 1
             tokens = _encode(text.text, tokenizer, room, report)
-            kept.append(TokenizedExample(text.example_id, tokens, [False] * len(tokens), text.weight, label))
-    if problems:
-        raise InputError("Some texts cannot be learned from.", problems=problems)
-    if not kept:
+            yield TokenizedExample(text.example_id, tokens, [False] * len(tokens), text.weight, label)
+    if refused:
+        raise InputError(f"{refused:,} texts cannot be learned from.", problems=problems)
+    if not report.rendered:
         raise report.nothing_left("text")
-    report.rendered = len(kept)
-    return kept, report
 
 
-def _read_label(value: Any, index_of: dict[str, int] | None) -> tuple[float, str | None]:
+def _read_label(value: Any, index_of: dict[str, int] | None) -> float | None:
+    """Return the number that is learned for a label; None where there is none."""
     if index_of is not None:
-        name = _name(value)
-        problem = None if name in index_of else f"the label {name!r} is unknown.{did_you_mean(name, index_of)}"
-        return float(index_of.get(name, 0)), problem
+        return index_of.get(_name(value))
     try:
-        return finite_number(value), None
+        return finite_number(value)
     except ValueError:
-        return 0.0, f"the label {value!r} is not a finite number"
+        return None
 
 
-def _text_problem(text: str) -> str | None:
-    return None if text.strip() else "the text is empty"
+def _label_problem(value: Any, index_of: dict[str, int] | None) -> str:
+    if index_of is None:
+        return f"the label {value!r} is not a finite number"
+    name = _name(value)
+    return f"the label {name!r} is unknown.{did_you_mean(name, index_of)}"
 
 
 def _name(value: Any) -> str:

@@ -20,25 +20,10 @@ Document = tuple[str, str]
 """The id and the text of a document."""
 
 
-def tokenize_documents(
-    texts: Iterable[Document], chat_format: ChatFormat, *, length: int
-) -> tuple[list[TokenizedExample], RenderReport]:
-    """Return documents as pieces of at most ``length`` tokens, and the count of what was left out.
-
-    Raises:
-        InputError: as :func:`iter_documents`; or nothing is left.
-    """
-    report = RenderReport()
-    pieces = list(iter_documents(texts, chat_format, length=length, report=report))
-    if not pieces:
-        raise report.nothing_left("text")
-    return pieces, report
-
-
 def iter_documents(
     texts: Iterable[Document], chat_format: ChatFormat, *, length: int, report: RenderReport | None = None
 ) -> Iterator[TokenizedExample]:
-    """Yield the pieces of documents one by one; memory does not grow with their number.
+    """Yield documents as pieces of at most ``length`` tokens, one by one; memory does not grow with their number.
 
     The pieces of the document ``a`` are called ``a#1``, ``a#2`` and so on. The first token of a piece has no loss. A
     last piece of a single token is left out (``short_piece`` in the report), and so is a document of white space
@@ -51,7 +36,7 @@ def iter_documents(
         report: Counts, as they become known, pieces (``rendered``) and what was left out.
 
     Raises:
-        InputError: ``length`` is below 2 or above the model's context.
+        InputError: ``length`` is below 2 or above the model's context; or, once all of them were read, nothing is left.
     """
     if not MIN_PIECE_TOKENS <= length <= chat_format.context_length:
         raise InputError(
@@ -68,6 +53,8 @@ def _pieces(
         encodings = chat_format.tokenizer.encode_batch_fast([text for _, text in batch])
         for (document_id, _), encoding in zip(batch, encodings, strict=True):
             yield from _cut(document_id, _ended(encoding.ids, chat_format.end_of_text), length, report)
+    if not report.rendered:
+        raise report.nothing_left("text")
 
 
 def _batches(texts: Iterable[Document], report: RenderReport) -> Iterator[list[Document]]:

@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from luthier.errors import InputError, NothingToLearnError
+from luthier.errors import PROBLEMS_KEPT, InputError, NothingToLearnError
 from luthier.records.columns import Columns
 from luthier.records.example import Conversation, Example, Message, Tool
 from luthier.records.record import Record
 from luthier.records.template import Template
 from luthier.templates.chat_format import ChatFormat, RenderedConversation
-from luthier.templates.column_values import no_weight, read_margins, read_some_weights, read_thumbs
+from luthier.templates.column_values import in_parts, read_margins, read_thumbs, read_weights, with_weight
 from luthier.templates.handlebars import HandlebarsText
 
 T = TypeVar("T")
-EXAMPLES_AT_ONCE = 10_000
-PROBLEMS_KEPT = 10_000
 Problem = Literal["empty_mask", "missing_end_of_turn", "too_long", "equal_answers"]
 PROBLEM_TEXTS: dict[str, str] = {
     "empty_mask": "no token carries loss (an empty answer, or every answer has weight 0)",
@@ -158,44 +156,16 @@ class TemplateRenderer:
         What breaks a rule is known, and raised, once all of them were read.
         """
         columns.check(self._known_fields)
-        wrong: list[InputError] = []
-        count, rows, weighty = 0, iter(examples), False
-        while some := list(islice(rows, EXAMPLES_AT_ONCE)):
-            count += len(some)
-            try:
-                made = self._part(some, columns)
-            except InputError as error:
-                if not error.problems:
-                    raise
-                wrong.append(error)
-                continue
-            weighty |= any(conversation.weight for conversation in made)
-            yield from made
-        if wrong:
-            raise _as_one(wrong)
-        if count and not weighty:
-            raise no_weight(count, columns.weight)
+        return with_weight(in_parts(examples, partial(self._part, columns)), columns.weight)
 
-    def _part(self, examples: Sequence[Example], columns: Columns) -> list[Conversation]:
-        weights = read_some_weights(examples, columns.weight)
+    def _part(self, columns: Columns, examples: Sequence[Example]) -> list[Conversation]:
+        weights = read_weights(examples, columns.weight)
         margins = read_margins(examples, columns.margin)
         thumbs = read_thumbs(examples, columns.thumb)
         return [
             self.conversation(example).model_copy(update={"weight": weight, "margin": margin, "thumb": thumb})
             for example, weight, margin, thumb in zip(examples, weights, margins, thumbs, strict=True)
         ]
-
-
-def _as_one(errors: Sequence[InputError]) -> InputError:
-    """Return one error of those of parts."""
-    if len(errors) == 1:
-        return errors[0]
-    problems = [problem for error in errors for problem in error.problems]
-    return InputError(
-        f"{len(problems):,} values are not valid. In the first part: {errors[0].message}",
-        problems=problems[:PROBLEMS_KEPT],
-        hint=errors[0].hint,
-    )
 
 
 def tokenize(
@@ -228,27 +198,15 @@ def iter_tokenized(
     return _iter_tokenized(conversations, read, policy, report)
 
 
-def tokenize_pairs(
-    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy
-) -> tuple[list[TokenizedPair], RenderReport]:
-    """Return the pairs of answers that a model learns to prefer between.
+def iter_pairs(
+    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy, report: RenderReport
+) -> Iterator[TokenizedPair]:
+    """Yield the pairs of answers that a model learns to prefer between; memory does not grow with their number.
 
     Both sides start with the same tokens: the prompt, which is shortened for both where one is too long.
 
     Raises:
-        InputError: as :func:`tokenize`; conversations without a rejected answer.
-    """
-    report = RenderReport()
-    return list(iter_pairs(conversations, chat_format, policy, report)), report
-
-
-def iter_pairs(
-    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy, report: RenderReport
-) -> Iterator[TokenizedPair]:
-    """Yield pairs as :func:`tokenize_pairs` returns them; memory does not grow with their number.
-
-    Raises:
-        InputError: as :func:`tokenize_pairs`, once all of them were read.
+        InputError: as :func:`tokenize`, or conversations without a rejected answer, once all of them were read.
     """
 
     def read(pair: Conversation, report: RenderReport) -> TokenizedPair | Problem:
@@ -272,20 +230,6 @@ def iter_pairs(
     return _iter_tokenized(pairs, read, policy, report)
 
 
-def tokenize_thumbs(
-    conversations: Iterable[Conversation], chat_format: ChatFormat, policy: RenderPolicy, *, both: bool = True
-) -> tuple[list[TokenizedExample], RenderReport]:
-    """Return answers with the label 1.0 (liked) or 0.0 (not), and loss on the final answer alone.
-
-    ``both`` refuses thumbs that are all the same: they can be measured, but not learned from.
-
-    Raises:
-        InputError: as :func:`tokenize`; conversations without a thumb; or all thumbs that are left are the same.
-    """
-    report = RenderReport()
-    return list(iter_thumbs(conversations, chat_format, policy, report, both=both)), report
-
-
 def iter_thumbs(
     conversations: Iterable[Conversation],
     chat_format: ChatFormat,
@@ -294,10 +238,13 @@ def iter_thumbs(
     *,
     both: bool = True,
 ) -> Iterator[TokenizedExample]:
-    """Yield answers as :func:`tokenize_thumbs` returns them; memory does not grow with their number.
+    """Yield answers with the label 1.0 (liked) or 0.0 (not), and loss on the final answer alone, one by one.
+
+    ``both`` refuses thumbs that are all the same: they can be measured, but not learned from.
 
     Raises:
-        InputError: as :func:`tokenize_thumbs`, once all of them were read.
+        InputError: as :func:`tokenize`, conversations without a thumb, or all thumbs that are left are the same, once
+            all of them were read.
     """
 
     def read(answer: Conversation, report: RenderReport) -> TokenizedExample | Problem:

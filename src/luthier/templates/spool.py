@@ -23,7 +23,7 @@ T = TypeVar("T")
 TOKENS, MASK, IDS, INDEX = "tokens.u32", "mask.u8", "ids.txt", "index.npz"
 
 
-class _Spooled(Sequence[T]):
+class Spooled(Sequence[T]):
     """Units on disk, each read when it is asked for."""
 
     @abstractmethod
@@ -44,7 +44,7 @@ class _Spooled(Sequence[T]):
         return list(map(self.read, places)) if isinstance(places, range) else self.read(places)
 
 
-class SpooledExamples(_Spooled[TokenizedExample]):
+class SpooledExamples(Spooled[TokenizedExample]):
     """Examples in a folder. What is asked for is read; nothing else is held but 36 bytes an example."""
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class SpooledExamples(_Spooled[TokenizedExample]):
         return len(self._ends)
 
     def read(self, place: int) -> TokenizedExample:
-        """See :meth:`_Spooled.read`."""
+        """See :meth:`Spooled.read`."""
         span, id_span = _span(self._ends, place), _span(self._id_ends, place)
         label = float(self._labels[place])
         return TokenizedExample(
@@ -96,7 +96,7 @@ class SpooledExamples(_Spooled[TokenizedExample]):
         )
 
 
-class SpooledPairs(_Spooled[TokenizedPair]):
+class SpooledPairs(Spooled[TokenizedPair]):
     """Pairs in a folder: each is the chosen example, whose label is the margin, and then the rejected one."""
 
     def __init__(self, sides: SpooledExamples) -> None:
@@ -116,7 +116,7 @@ class SpooledPairs(_Spooled[TokenizedPair]):
         return len(self._sides) // 2
 
     def read(self, place: int) -> TokenizedPair:
-        """See :meth:`_Spooled.read`."""
+        """See :meth:`Spooled.read`."""
         chosen, rejected = self._sides[2 * place], self._sides[2 * place + 1]
         chosen, margin = replace(chosen, label=None), chosen.label or 0.0
         return TokenizedPair(chosen.example_id, chosen, rejected, chosen.weight, margin)

@@ -11,10 +11,11 @@ from luthier.records.base_model import Machine, ModelShape
 from luthier.records.objectives import product
 from luthier.records.training import AUTO, AdapterShape, Derived, Measured, Resolved, TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
-from luthier.templates.spool import SpooledExamples
+from luthier.templates.spool import Spooled
 from luthier.train.hyperparameters import Amount, resolve
 from luthier.train.memory import data_bytes, largest_base, least_need, main_memory_need, memory_need, ways_to_fit
 
+HELD_FOR_REFERENCE = ("dpo", "kto")  # wherever units lie, these read all of them into memory to ask for the reference
 USEFUL_SHARE = 0.4  # of the measured matrix rate that a whole training step reaches, where no step was measured
 SECONDS_TO_START = 8.0
 PADDED = Derived(
@@ -66,7 +67,7 @@ def plan_training(
             f"{len(units)} example is too few to learn from; at least 2 are needed, 20 are sensible.",
             hint="add examples to the dataset, or leave fewer out",
         )
-    sizes = _Sizes.of(material)
+    sizes = _Sizes.of(material, held=config.method in HELD_FOR_REFERENCE)
     thumbs = (_weight(units, liked=True), _weight(units, liked=False)) if config.method == "kto" else (0.0, 0.0)
     amount = Amount(len(units), sizes.loss_tokens, sizes.longest, *thumbs)
     resolved, steps, reasons = resolve(config, amount, shape, machine, start)
@@ -189,17 +190,18 @@ class _Sizes:
     held: int
 
     @classmethod
-    def of(cls, material: Material) -> _Sizes:
-        tokens = loss_tokens = longest = units = held = 0
+    def of(cls, material: Material, *, held: bool) -> _Sizes:
+        """Add up what there is; ``held``: what lies on disk is held in memory all the same."""
+        tokens = loss_tokens = longest = units = held_tokens = 0
         for side in (material.examples, material.validation, material.test):
-            in_memory = not isinstance(side, SpooledExamples)
+            in_memory = held or not isinstance(side, Spooled)
             for unit in side:
                 mine = _tokens(unit)
                 longest = max(longest, _length(unit))
-                units, held = units + in_memory, held + mine * in_memory
+                units, held_tokens = units + in_memory, held_tokens + mine * in_memory
                 if side is material.examples:
                     tokens, loss_tokens = tokens + mine, loss_tokens + _loss_tokens(unit)
-        return cls(tokens, loss_tokens, longest, data_bytes(units, held))
+        return cls(tokens, loss_tokens, longest, data_bytes(units, held_tokens))
 
 
 @dataclass(frozen=True)

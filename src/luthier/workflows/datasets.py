@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.errors import ConflictError, InputError
@@ -164,19 +165,38 @@ def _named_by(run: Run) -> set[str]:
 
 
 def side(store: Store, dataset: DatasetVersion, split: SplitName) -> list[Example]:
-    """Return the examples of one side.
+    """Return the examples of one side, all of them in memory.
 
     Raises:
         InputError: the dataset is not divided yet, or the side is empty.
     """
-    if dataset.split is None:
-        raise InputError(
-            f"The dataset {dataset.reference} is not divided into train, validation and test.",
-            hint=f"luthier dataset split {dataset.name}",
-        )
-    examples = list(store.datasets.examples(dataset, split))
-    if not examples and split != "validation":
-        raise InputError(
-            f"The {split} side of {dataset.reference} is empty.", hint="divide it again with a larger share"
-        )
-    return examples
+    return list(Side(store, dataset, split))
+
+
+@dataclass(frozen=True)
+class Side:
+    """The examples of one side, read from their file each time that they are asked for, and never held."""
+
+    store: Store
+    dataset: DatasetVersion
+    split: SplitName
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield them.
+
+        Raises:
+            InputError: the dataset is not divided yet, or the side is empty (validation may be).
+        """
+        dataset, empty = self.dataset, self.split != "validation"
+        if dataset.split is None:
+            raise InputError(
+                f"The dataset {dataset.reference} is not divided into train, validation and test.",
+                hint=f"luthier dataset split {dataset.name}",
+            )
+        for example in self.store.datasets.examples(dataset, self.split):
+            empty = False
+            yield example
+        if empty:
+            raise InputError(
+                f"The {self.split} side of {dataset.reference} is empty.", hint="divide it again with a larger share"
+            )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -19,7 +18,7 @@ from luthier.llm.base_config import read_adapter
 from luthier.llm.machine_memory import machine_memory
 from luthier.records.base_model import BaseModelInfo, Machine
 from luthier.records.dataset import DatasetVersion
-from luthier.records.example import Conversation, Example, Message
+from luthier.records.example import Conversation, Example, Message, SplitName
 from luthier.records.fine_tuning import TrainingFiles
 from luthier.records.model import TunedModel, check_suffix
 from luthier.records.objectives import PAIRED, product
@@ -28,8 +27,8 @@ from luthier.records.template import TemplateVersion
 from luthier.records.training import AdapterShape, Derived, TrainingConfig, TrainingPlan
 from luthier.store.store import Store
 from luthier.templates.chat_format import ChatFormat
-from luthier.templates.labelled import TextRenderer, label_names, labelled_texts, load_tokenizer, tokenize_labelled
-from luthier.templates.raw_text import iter_documents, tokenize_documents
+from luthier.templates.labelled import TextRenderer, iter_labelled, iter_labelled_texts, label_names, load_tokenizer
+from luthier.templates.raw_text import iter_documents
 from luthier.templates.renderer import (
     RenderPolicy,
     RenderReport,
@@ -37,14 +36,11 @@ from luthier.templates.renderer import (
     iter_pairs,
     iter_thumbs,
     iter_tokenized,
-    tokenize,
-    tokenize_pairs,
-    tokenize_thumbs,
 )
 from luthier.templates.spool import SpooledExamples, SpooledPairs
 from luthier.train.hyperparameters import max_tokens
 from luthier.train.plan import Material, Unit, plan_training
-from luthier.workflows.datasets import side
+from luthier.workflows.datasets import Side, side
 from luthier.workflows.models import served_folder, shape
 
 RAW_PROMPT_CHARACTERS = 200
@@ -132,7 +128,7 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     The tokens of a data set that does not fit into memory are kept in the folder ``scratch``.
 
     Raises:
-        CapacityError: the data set must be held in memory, and cannot be.
+        CapacityError: the sides that are measured must be held in memory, and cannot be.
         NotFoundError: the base, dataset or template is not there.
         InputError: the suffix breaks its rule, or the examples do not fit the method or cannot be learned as they are.
     """
@@ -151,12 +147,13 @@ def prepare(store: Store, request: TrainRequest, answer_tokens: int, scratch: Pa
     template = store.templates.get(request.template) if request.template else None
     reader = _Reader(options, folder, base, dataset, template, labels=labels)
     data_bytes, free_bytes = store.datasets.bytes(dataset), machine_memory().free_bytes
-    if _is_read_from_disk(dataset, options, data_bytes, free_bytes):
-        examples, report = reader.spool(store.datasets.examples(dataset, "train"), scratch)
+    tested = not request.files and options.method != "supervised"
+    _check_held(dataset, ("validation", "test") if tested else ("validation",), data_bytes, free_bytes)
+    train_side, growth = _resampled(Side(store, dataset, "train"), options)
+    if data_bytes * growth > min(LARGE_BYTES, free_bytes / HELD_FOR_A_BYTE):
+        examples, report = reader.spool(train_side, scratch)
     else:
-        _check_held(data_bytes, free_bytes)
-        train_side = side(store, dataset, "train")
-        examples, report = reader.read(train_side if options.resample == "none" else _resampled(train_side, options))
+        examples, report = reader.read(train_side)
     validation_side = side(store, dataset, "validation")
     validation = reader.read_held_out("validation", validation_side)
     test_side: list[Example] = []
@@ -242,39 +239,33 @@ class _Reader:
             self.left_out.append(Derived(name=f"{name} side", value=f"{report.rendered:,}", reason=reason))
         return units
 
-    def read(self, examples: Sequence[Example], *, held_out: bool = False) -> tuple[Sequence[Unit], RenderReport]:
-        """Return examples as units of the method."""
-        method = self._options.method
+    def read(self, examples: Iterable[Example], *, held_out: bool = False) -> tuple[Sequence[Unit], RenderReport]:
+        """Return examples, which may be read twice, as units of the method."""
+        report = RenderReport()
+        return list(self._units(examples, report, held_out=held_out)), report
+
+    def spool(self, examples: Iterable[Example], folder: Path) -> tuple[Sequence[Unit], RenderReport]:
+        """Return what :meth:`read` does of a data set that does not fit into memory; the units lie on disk."""
+        report = RenderReport()
+        kind: Any = SpooledPairs if self._options.method in PAIRED else SpooledExamples
+        return kind.write(folder, self._units(examples, report)), report
+
+    def _units(self, examples: Iterable[Example], report: RenderReport, *, held_out: bool = False) -> Iterator[Unit]:
+        """Return units one by one, and count in ``report``; memory does not grow with their number."""
+        method, columns = self._options.method, self._options.columns
         if method in ("classification", "regression"):
-            return self._labelled(examples)
+            return self._labelled(examples, report)
         assert self.chat_format is not None  # noqa: S101  encoders only label
         if method == "raw_text":
             texts = self._texts()
             documents = ((example.id, texts.text(example)) for example in examples)
-            return tokenize_documents(documents, self.chat_format, length=self._policy.max_tokens)
-        read: Callable[..., tuple[Sequence[Unit], RenderReport]] = tokenize
+            return iter_documents(documents, self.chat_format, length=self._policy.max_tokens, report=report)
+        conversations = TemplateRenderer(self._template, self._fields).iter_conversations(examples, columns)
         if method in PAIRED:
-            read = tokenize_pairs
-        elif method == "kto":
-            read = partial(tokenize_thumbs, both=not held_out)
-        return read(self._conversations(examples), self.chat_format, self._policy)
-
-    def spool(self, examples: Iterable[Example], folder: Path) -> tuple[Sequence[Unit], RenderReport]:
-        """Return the examples of a data set that does not fit into memory, as units that lie on disk."""
-        assert self.chat_format is not None  # noqa: S101  see _is_large
-        report, method = RenderReport(), self._options.method
-        if method == "raw_text":
-            texts = self._texts()
-            documents = ((example.id, texts.text(example)) for example in examples)
-            pieces = iter_documents(documents, self.chat_format, length=self._policy.max_tokens, report=report)
-            return SpooledExamples.write(folder, pieces), report
-        renderer = TemplateRenderer(self._template, self._fields)
-        conversations = renderer.iter_conversations(examples, self._options.columns)
-        if method in PAIRED:
-            pairs = iter_pairs(conversations, self.chat_format, self._policy, report)
-            return SpooledPairs.write(folder, pairs), report
-        read = iter_thumbs if method == "kto" else iter_tokenized
-        return SpooledExamples.write(folder, read(conversations, self.chat_format, self._policy, report)), report
+            return iter_pairs(conversations, self.chat_format, self._policy, report)
+        if method == "kto":
+            return iter_thumbs(conversations, self.chat_format, self._policy, report, both=not held_out)
+        return iter_tokenized(conversations, self.chat_format, self._policy, report)
 
     def answerable(self, examples: Sequence[Example], answer_tokens: int) -> list[Conversation]:
         """Return the conversations whose prompts leave room for an answer."""
@@ -297,39 +288,34 @@ class _Reader:
             found.append(Conversation(example_id=example.id, messages=turns))
         return found
 
-    def _labelled(self, examples: Sequence[Example]) -> tuple[Sequence[Unit], RenderReport]:
-        texts = labelled_texts(examples, self._texts(), self._options.columns)
-        classes = self._options.method == "classification"
+    def _labelled(self, examples: Iterable[Example], report: RenderReport) -> Iterator[Unit]:
+        options, renderer = self._options, self._texts()
+        classes = options.method == "classification"
         if classes and not self.labels:
-            self.labels = label_names(texts)
-        tokenizer = load_tokenizer(self._folder)
-        empty = self._options.empty_mask
-        return tokenize_labelled(
-            texts, tokenizer, self.labels if classes else None, self._policy.max_tokens, empty=empty
-        )
+            self.labels = label_names(examples, options.columns)
+        texts = iter_labelled_texts(examples, renderer, options.columns)
+        labels, tokenizer = self.labels if classes else None, load_tokenizer(self._folder)
+        return iter_labelled(texts, tokenizer, labels, self._policy.max_tokens, report, empty=options.empty_mask)
 
     def _texts(self) -> TextRenderer:
         return TextRenderer(self._template, self._options.columns, self._fields)
 
 
-def _is_read_from_disk(dataset: DatasetVersion, options: TrainingConfig, data_bytes: int, free_bytes: int) -> bool:
-    """Return whether a data set's tokens are kept on disk: lists of them would take gigabytes, or all there is."""
-    streams = options.method not in ("classification", "regression") and options.resample == "none"
-    return streams and dataset.split is not None and data_bytes > min(LARGE_BYTES, free_bytes / HELD_FOR_A_BYTE)
-
-
-def _check_held(data_bytes: int, free_bytes: int) -> None:
-    """Refuse a data set whose lists would take more memory than there is, before they are made.
+def _check_held(dataset: DatasetVersion, sides: Iterable[SplitName], data_bytes: int, free_bytes: int) -> None:
+    """Refuse sides that are measured whose lists would take more memory than there is, before anything is read.
 
     Raises:
         CapacityError: they would.
     """
-    need = data_bytes * HELD_FOR_A_BYTE
+    counts = dataset.split.counts if dataset.split else {}
+    held = data_bytes * sum(counts.get(name, 0) for name in sides) / max(1, dataset.examples)
+    need = held * HELD_FOR_A_BYTE
     if need > free_bytes:
         raise CapacityError(
-            f"The data set has {data_bytes / 1e9:.1f} GB, and its tokens are held in memory with this method, or with "
-            f"resample: about {need / 1e9:.0f} GB, and {free_bytes / 1e9:.0f} GB are free.",
-            hint="train on a sample; without resample, methods other than classification and regression read from disk",
+            f"The sides of {dataset.reference} that are measured ({', '.join(sides)}) have about {held / 1e9:.1f} GB. "
+            f"Their tokens are held in memory: about {need / 1e9:.0f} GB, and {free_bytes / 1e9:.0f} GB are free.",
+            hint="a few thousand examples tell as much: give a smaller validation file, or divide the dataset with "
+            f"luthier dataset split {dataset.name} --validation 0.01 --test 0.01",
         )
 
 
@@ -397,10 +383,13 @@ def _check_given(adapter: str, options: TrainingConfig) -> None:
         )
 
 
-def _resampled(examples: list[Example], options: TrainingConfig) -> list[Example]:
+def _resampled(examples: Iterable[Example], options: TrainingConfig) -> tuple[Iterable[Example], float]:
+    """Return examples as they are to be shown, and how many times as many they are then."""
+    if options.resample == "none":
+        return examples, 1.0
     if options.columns.group is None:
         raise InputError(
             "To resample, the column that names each example's group must be known.", hint="set columns.group=FIELD"
         )
-    factors = options.resample if options.resample != "none" else "balanced"
-    return resample(examples, options.columns.group, factors, options.seed)[0]
+    taken, groups = resample(examples, options.columns.group, options.resample, options.seed)
+    return taken, sum(group.after for group in groups) / sum(group.before for group in groups)
