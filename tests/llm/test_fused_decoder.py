@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.errors import InputError
 from luthier.llm.engine.fused_decoder import can_fuse
-from luthier.llm.engine.quantised import quantise_model
+from luthier.llm.engine.gradual import Holding, hold
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.rows import pack, pack_groups, shared_prefix
@@ -156,7 +156,7 @@ def test_a_quantised_base_gives_the_gradients_of_its_own_weights_restored() -> N
 
     def quantised() -> Any:
         model = tiny("llama")
-        quantise_model(model, 4)
+        hold(model, Holding(torch.float32, 4))
         return lora(model)
 
     assert_same(loss_and_gradients(quantised(), rows, fused=True), loss_and_gradients(quantised(), rows, fused=False))

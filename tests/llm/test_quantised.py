@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from luthier.llm.engine.quantised import BLOCK, NF4, Bits, QuantisedLinear, quantise, quantise_model
+from luthier.llm.engine.gradual import Holding, hold
+from luthier.llm.engine.quantised import BLOCK, NF4, Bits, QuantisedLinear, quantisable, quantise
 from luthier.llm.engine.torch_model import load_base
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -43,7 +44,7 @@ def test_every_value_becomes_the_nearest_code_times_the_scale_of_its_block() -> 
         scale = scales[index // BLOCK]
         nearest = min(codebook, key=lambda code: abs(code * scale - value))
         expected.append(float(torch.tensor(nearest) * torch.tensor(scale)))
-    assert quantised.dequantise(torch.float32).flatten().tolist() == expected
+    assert quantised.whole(torch.float32).flatten().tolist() == expected
 
 
 def test_scales_in_8_bits_are_within_half_a_step_of_the_true_ones() -> None:
@@ -56,14 +57,14 @@ def test_scales_in_8_bits_are_within_half_a_step_of_the_true_ones() -> None:
 
 def test_int8_is_within_half_a_step() -> None:
     weight = weights(24, 50)
-    error = (quantise(weight, 8).dequantise(torch.float32) - weight).abs().flatten()
+    error = (quantise(weight, 8).whole(torch.float32) - weight).abs().flatten()
     steps = quantise(weight, 8).scales().repeat_interleave(BLOCK)[: error.numel()] / 127
     assert bool((error <= 0.5001 * steps).all())
 
 
 def test_nf4_of_normal_weights_has_the_error_that_its_codebook_says() -> None:
     weight = weights(512, 512)
-    error = quantise(weight, 4).dequantise(torch.float32) - weight
+    error = quantise(weight, 4).whole(torch.float32) - weight
     assert float(error.norm() / weight.norm()) == pytest.approx(0.0915, abs=0.003)  # 20.8 dB
 
 
@@ -77,9 +78,9 @@ def test_a_layer_in_4_bits_takes_about_half_a_byte_a_weight() -> None:
 def test_blocks_of_zeros_stay_zero(bits: Bits) -> None:
     weight = weights(8, 64)
     weight[2] = 0
-    whole = quantise(weight, bits).dequantise(torch.float32)
+    whole = quantise(weight, bits).whole(torch.float32)
     assert not whole[2].any()
-    assert not quantise(torch.zeros(3, 5), bits).dequantise(torch.float32).any()
+    assert not quantise(torch.zeros(3, 5), bits).whole(torch.float32).any()
 
 
 @BITS
@@ -97,7 +98,7 @@ def test_no_size_is_odd(bits: Bits, outputs: int, inputs: int) -> None:
 def test_a_weight_is_given_in_its_own_number_type(bits: Bits, dtype: torch.dtype) -> None:
     quantised = QuantisedLinear.from_linear(layer().to(dtype), bits)
     assert quantised.weight.dtype == dtype
-    assert torch.equal(quantised.weight, quantised.quantised.dequantise(torch.float32).to(dtype))
+    assert torch.equal(quantised.weight, quantised.held.whole(torch.float32).to(dtype))
 
 
 @BITS
@@ -149,21 +150,22 @@ def test_products_run_in_the_number_type_of_autocast(bits: Bits) -> None:
 @BITS
 def test_a_change_of_number_type_leaves_the_codes_and_scales(bits: Bits) -> None:
     quantised = QuantisedLinear.from_linear(layer(), bits)
-    before = quantised.quantised.dequantise(torch.float32)
+    before = quantised.held.whole(torch.float32)
     quantised.to(torch.bfloat16)
     assert quantised.weight.dtype == torch.bfloat16
     assert quantised.bias.dtype == torch.bfloat16
-    assert torch.equal(quantised.quantised.dequantise(torch.float32), before)
+    assert torch.equal(quantised.held.whole(torch.float32), before)
     assert torch.equal(copy.deepcopy(quantised).weight, quantised.weight)
 
 
 @BITS
 def test_a_model_is_quantised_but_for_its_embeddings_and_head(bits: Bits, tiny_base: Path) -> None:
     model = load_base(tiny_base, "float32")
-    done = quantise_model(model, bits)
-    assert done.layers == 2 * 7
-    assert done.bytes_before == 4 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert done.bytes_after / done.bytes_before <= {4: 0.15, 8: 0.27}[bits]
+    hold(model, Holding(torch.float32, bits))
+    held = [module.held for module in model.modules() if isinstance(module, QuantisedLinear)]
+    assert len(held) == 2 * 7
+    before = 4 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert sum(weight.bytes for weight in held) / before <= {4: 0.15, 8: 0.27}[bits]
     assert type(model.lm_head) is torch.nn.Linear
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -172,21 +174,20 @@ def test_a_head_a_shared_weight_and_what_is_skipped_stay_whole() -> None:
     blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"mlp": layer(8, 8), "score": layer(8, 8)}) for _ in range(2))
     model = torch.nn.ModuleDict({"layers": blocks, "head": layer(8, 8)})
     blocks[1]["mlp"].weight = model["head"].weight
-    assert quantise_model(model, 4).layers == 1
-    assert isinstance(blocks[0]["mlp"], QuantisedLinear)
+    assert list(quantisable(model)) == ["layers.0.mlp"]
 
 
 @BITS
 def test_adapters_train_over_a_quantised_base(bits: Bits, tiny_base: Path) -> None:
     model = load_base(tiny_base, "float32")
-    quantise_model(model, bits)
+    hold(model, Holding(torch.float32, bits))
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config)
     trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 7
     assert all("lora_" in name for name in trained)
-    codes = tuned.base_model.model.model.layers[0].mlp.up_proj.base_layer.quantised.codes.clone()
+    codes = tuned.base_model.model.model.layers[0].mlp.up_proj.base_layer.held.codes.clone()
     optimizer = torch.optim.AdamW(trained.values(), lr=5e-3)
     tokens = torch.randint(0, 300, (1, 12))
     losses = []
@@ -197,7 +198,7 @@ def test_adapters_train_over_a_quantised_base(bits: Bits, tiny_base: Path) -> No
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    assert torch.equal(codes, tuned.base_model.model.model.layers[0].mlp.up_proj.base_layer.quantised.codes)
+    assert torch.equal(codes, tuned.base_model.model.model.layers[0].mlp.up_proj.base_layer.held.codes)
 
 
 def plain_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def test_layers_in_few_bits_hold_what_the_files_say(tmp_path: Path, family: str,
     names = list(quantisable(whole))
     assert len(names) == (14 if family == "llama" else 12)
     for name in names:
-        expected = quantise(whole.get_submodule(name).weight, 4).dequantise(torch.bfloat16)
+        expected = quantise(whole.get_submodule(name).weight, 4).whole(torch.bfloat16)
         assert isinstance(held.get_submodule(name), QuantisedLinear) != rounded
         assert torch.equal(held.get_submodule(name).weight, expected)
     assert {parameter.dtype for parameter in held.parameters()} == {torch.bfloat16}
@@ -98,7 +98,7 @@ def test_what_is_quantised_in_pieces_is_quantised_as_a_whole(monkeypatch: pytest
     for bits, expected in zip((4, 8), whole, strict=True):
         found = quantise(weight, bits)  # type: ignore[arg-type]
         assert torch.equal(found.codes, expected.codes)
-        assert torch.equal(found.dequantise(torch.float32), expected.dequantise(torch.float32))
+        assert torch.equal(found.whole(torch.float32), expected.whole(torch.float32))
 
 
 # Files

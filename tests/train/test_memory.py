@@ -19,11 +19,12 @@ from luthier.train.engine.trainable import load_trainable
 from luthier.train.memory import data_bytes, memory_need
 from luthier.train.plan import Material, plan_training
 
-MACHINE = Machine(cores=2, memory_bytes=10**11, has_fast_bfloat16=True, matmul_flops=1e11)
+MACHINE = Machine(cores=2, memory_bytes=10**11, has_fast_bfloat16=True, int8_speed=4.0, matmul_flops=1e11)
 TOKENS = 200
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fused": ("llama", {}),
     "fused-float32": ("llama", {"precision": "float32"}),
+    "fused-int8": ("llama", {"precision": "int8"}),
     "fused-recomputed": ("llama", {"recompute": True}),
     "head norms": ("qwen3", {}),
     "unfused": ("gemma", {}),

@@ -29,7 +29,7 @@ from luthier.train.notes import Note, PreparationNote, SampleNote, WarningNote
 from luthier.train.plan import Material, plan_training
 from luthier.workflows.models import shape
 
-MACHINE = Machine(cores=2, memory_bytes=24 * 10**9, has_fast_bfloat16=False, matmul_flops=1e11)
+MACHINE = Machine(cores=2, memory_bytes=24 * 10**9, has_fast_bfloat16=False, int8_speed=4.0, matmul_flops=1e11)
 ASKED, ANSWER = 50, 60  # a question is one of two tokens, and so is its answer
 METHODS: dict[str, dict[str, Any]] = {
     "supervised": {},

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from luthier.errors import InputError
+from luthier.llm.base_bits import read_base_bits
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.merging import save_merged, save_whole
 from luthier.llm.engine.row_model import RowModel
@@ -91,6 +92,22 @@ def test_a_mode_learns_and_leaves_what_plain_libraries_load(tiny_base: Path, tmp
         model = AutoModelForCausalLM.from_pretrained(best_adapter(job), dtype=torch.float32)
     measured = plain_loss(model, units(8, "supervised", first=40))
     assert measured == pytest.approx(result.best_valid_loss, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["lora", "rslora", "dora"])
+def test_products_in_integers_teach_what_exact_ones_do(tiny_base: Path, tmp_path: Path, mode: str) -> None:
+    options = {**MODES[mode], "validations": 6}
+    exact, rounded = (make_job(tiny_base, tmp_path / p, **options, precision=p) for p in ("float32", "int8"))
+    losses = []
+    for job in (exact, rounded):
+        _, _, result = run(job)
+        assert result is not None
+        assert read_base_bits(best_adapter(job)) is None  # it belongs to the base as it is
+        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, str(best_adapter(job))).eval()
+        losses.append(plain_loss(model, units(8, "supervised", first=40)))
+        assert losses[-1] == pytest.approx(result.best_valid_loss, rel=0.2, abs=0.02)
+    assert losses[1] == pytest.approx(losses[0], rel=0.2, abs=0.02)
 
 
 @pytest.mark.parametrize("mode", MODES)

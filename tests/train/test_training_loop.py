@@ -29,7 +29,7 @@ from luthier.train.notes import Note, WarningNote
 from luthier.train.plan import Material, plan_training
 from luthier.workflows.models import shape
 
-MACHINE = Machine(cores=2, memory_bytes=24 * 10**9, has_fast_bfloat16=False, matmul_flops=1e11)
+MACHINE = Machine(cores=2, memory_bytes=24 * 10**9, has_fast_bfloat16=False, int8_speed=4.0, matmul_flops=1e11)
 OPTIONS = {"epochs": 4, "batch_size": 4, "lora_rank": 4, "precision": "float32", "learning_rate": 5e-3}
 
 
@@ -86,10 +86,11 @@ def test_the_loss_of_a_batch_does_not_depend_on_how_it_is_packed(tiny_base: Path
     assert narrow == pytest.approx(wide, rel=1e-4)
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(tiny_base: Path, tmp_path: Path) -> None:
-    whole = make_job(tiny_base, tmp_path / "whole")
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_stopped_run_goes_on_to_the_same_numbers(tiny_base: Path, tmp_path: Path, precision: str) -> None:
+    whole = make_job(tiny_base, tmp_path / "whole", precision=precision)
     losses = [m.train_loss for m in run(whole)]
-    parts = make_job(tiny_base, tmp_path / "parts")
+    parts = make_job(tiny_base, tmp_path / "parts", precision=precision)
     with pytest.raises(RunStopped):
         run(parts, stop_at=7)
     rest = run(parts)

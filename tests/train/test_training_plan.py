@@ -102,6 +102,17 @@ def test_a_precision_that_was_timed_says_what_was_seen() -> None:
     assert "multiplies bfloat16 at 0.50 times float32's rate (it is taken from 0.8 on" in reasons["precision"]
 
 
+def test_integers_are_told_of_where_they_are_fast_and_refused_where_they_are_not_exact() -> None:
+    fast = MACHINE.model_copy(update={"has_fast_bfloat16": False, "int8_speed": 3.9})
+    said = {value.name: value.reason for value in make_plan(50, fast).reasons}["precision"]
+    assert "int8 would multiply the frozen base 3.9 times as fast as float32" in said
+    plan = make_plan(50, fast, precision="int8")
+    assert plan.resolved.precision == "int8"
+    assert plan.memory_bytes < make_plan(50, fast).memory_bytes
+    with pytest.raises(InputError, match=r"precision=int8: .* does not multiply 8-bit integers exactly"):
+        make_plan(50, precision="int8")
+
+
 def test_steps_cover_all_passes() -> None:
     plan = make_plan(100, epochs=2, batch_size=16)
     assert plan.steps == 13  # 200 visits in batches of 16

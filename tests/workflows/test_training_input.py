@@ -388,3 +388,9 @@ def test_prompts_are_drawn_from_a_whole_side_without_holding_it() -> None:
 def test_options_that_would_do_nothing(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValidationError, match=f"no effect: {name} "):
         TrainingConfig.model_validate(options)
+
+
+@pytest.mark.parametrize("mode", ["full", "last_layers", "qlora"])
+def test_products_in_integers_are_for_a_base_that_is_frozen_and_whole(mode: str) -> None:
+    with pytest.raises(ValidationError, match=f"precision=int8 multiplies a frozen base: .*, not {mode}"):
+        TrainingConfig.model_validate({"mode": mode, "precision": "int8"})

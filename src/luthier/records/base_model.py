@@ -57,6 +57,7 @@ class BaseModelInfo(Record):
 
 
 FAST_BFLOAT16 = 0.8  # of float32's rate: half of its memory makes up for the rest
+FAST_INT8 = 1.5  # of float32's rate: from there on a run may be worth its rounding
 
 
 EnginePrecision = Literal["auto", "float32", "native", "int8"]
@@ -73,7 +74,8 @@ class Machine(Record):
 
     ``memory_bytes`` is what a run may hold on the device that it computes on, ``main_memory_bytes`` what it may hold
     beside a GPU (None: they are the same memory). ``bfloat16_speed`` is how many times as fast a processor's bfloat16
-    products are as its float32 ones (None: it has no instructions for them, or it is a GPU).
+    products are as its float32 ones (None: it has no instructions for them, or it is a GPU), ``int8_speed`` the same of
+    products of 8-bit integers (None: they are not exact there, or it is a GPU).
     """
 
     cores: int = Field(ge=1)
@@ -83,6 +85,7 @@ class Machine(Record):
     device_name: str = ""
     has_fast_bfloat16: bool
     bfloat16_speed: float | None = None
+    int8_speed: float | None = None
     matmul_flops: float
 
 

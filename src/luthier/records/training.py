@@ -20,6 +20,7 @@ from luthier.records.objectives import (
 from luthier.records.record import Record
 
 Mode = Literal["lora", "rslora", "dora", "qlora", "full", "last_layers"]
+Precision = Literal["float32", "bfloat16", "int8"]
 Schedule = Literal["cosine", "linear", "constant"]
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
@@ -44,6 +45,7 @@ MODES_OF: dict[str, frozenset[Mode]] = {
     "base_bits": frozenset({"qlora"}),
     "last_layers": frozenset({"last_layers"}),
 }
+INTEGER_MODES: frozenset[Mode] = ADAPTERS - {"qlora"}  # those in which the base's products may be made in int8
 
 
 class WandbOptions(Record):
@@ -111,7 +113,7 @@ class TrainingConfig(Record):
     samples: int = Field(3, ge=0, le=20, description="validation prompts answered at each validation")
     sample_tokens: int = Field(24, ge=1, le=512, description="longest sample answer, in tokens")
     checkpoints: Count | Auto = Field(AUTO, description="how often the state is saved")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="numbers of the frozen base")
+    precision: Precision | Auto = Field(AUTO, description="numbers in which the frozen base is multiplied")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field((), description="log there too, beside TensorBoard")
     wandb: WandbOptions = WandbOptions()
     seed: int = Field(0, ge=0, lt=2**31, description="order of the examples and the adapter's start")
@@ -129,6 +131,9 @@ class TrainingConfig(Record):
         idle += ["wandb (trackers)"] if "wandb" in changed and "wandb" not in self.trackers else []
         if idle:
             raise ValueError(f"these options would have no effect: {', '.join(idle)}")
+        if self.precision == "int8" and self.mode not in INTEGER_MODES:
+            modes = ", ".join(sorted(INTEGER_MODES))
+            raise ValueError(f"precision=int8 multiplies a frozen base: it goes with mode {modes}, not {self.mode}")
         return self
 
 
@@ -168,7 +173,7 @@ class Resolved(Record):
     validate_every: int = Field(ge=1)
     early_stopping: int = 0
     checkpoint_every: int = Field(ge=1)
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
     seed: int
     supervised: SupervisedOptions = SupervisedOptions()
     dpo: DpoOptions = DpoOptions()
@@ -180,6 +185,11 @@ class Resolved(Record):
     def has_adapter(self) -> bool:
         """Whether an adapter is trained, and not the model's own weights."""
         return self.mode in ADAPTERS
+
+    @property
+    def numbers(self) -> Literal["float32", "bfloat16"]:
+        """The numbers of all that flows through the model: only the products of its base are made in int8."""
+        return "bfloat16" if self.precision == "bfloat16" else "float32"
 
 
 class Derived(Record):

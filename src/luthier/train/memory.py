@@ -27,6 +27,7 @@ UNFUSED_DORA = (22.0, 8.0)
 DORA_BYTES = 2  # of a weight that DoRA keeps of each weight, beside another one in the run's numbers
 FILE_BYTES = 1e9  # see luthier.llm.engine.weight_files
 ENGINE_BYTES = 0.5e9  # a server beside its weights
+SUM_BYTES = 4  # of a product's sums of integers, beside the numbers that they become
 LEAST_ROW = 64
 
 
@@ -48,11 +49,13 @@ class MemoryNeed:
 
 def memory_need(resolved: Resolved, shape: ModelShape, data_bytes: int = 0) -> MemoryNeed:
     """Estimate a run's memory: process, data set, base, what is trained with its optimizer, activations, logits."""
-    number = 2 if resolved.precision == "bfloat16" else 4
+    number = 2 if resolved.numbers == "bfloat16" else 4
     layer = _kept(resolved, shape)
     layers = resolved.last_layers if resolved.mode == "last_layers" else shape.layers  # frozen ones below keep nothing
     kept = layers + layer if resolved.recompute else layers * layer
     per_token = shape.width * number * (kept + TRANSIENT)
+    if resolved.precision == "int8":
+        per_token += SUM_BYTES * (shape.mlp_matrices - 1) * shape.intermediate  # of the widest product
     return MemoryNeed(PROCESS_BYTES + data_bytes + _weights(resolved, shape, number) + LOGITS_AT_ONCE, per_token)
 
 
@@ -67,7 +70,7 @@ def main_memory_need(resolved: Resolved, shape: ModelShape, data: int, *, proven
     Parity runs the exported model as it is served, and scores with the merged one.
     """
     export = min(FILE_BYTES, shape.parameters * shape.bytes_per_number) + 4 * shape.vocabulary * shape.width
-    held = 4.0 if not resolved.has_adapter else 2.0 if resolved.precision == "bfloat16" else 4.0
+    held = 4.0 if not resolved.has_adapter else 2.0 if resolved.numbers == "bfloat16" else 4.0
     in_parts = resolved.mode in ("qlora", "last_layers")
     loading = shape.parameters * held if on_gpu and not in_parts else 0.0
     numbers = shape.bytes_per_number if shape.fused else 4
@@ -103,6 +106,8 @@ def _weights(resolved: Resolved, shape: ModelShape, number: int) -> float:
     if resolved.mode == "dora":
         # Weights with what is added to them, for the norms of their rows: measured to stay with layers recomputed, too.
         held += linear * (number + DORA_BYTES)
+    if resolved.precision == "int8":
+        return held + linear
     if resolved.mode != "qlora":
         return held + linear * number
     # Gate and up are made whole together where they are multiplied, by way of float32.
@@ -182,7 +187,8 @@ def _changes(resolved: Resolved) -> Iterator[Change]:
     if resolved.precision == "float32":
         yield changed("set precision=bfloat16", precision="bfloat16")
     if resolved.mode != "qlora":
-        yield changed("use mode=qlora", mode="qlora", base_bits=4)
+        also = " and precision=auto" if resolved.precision == "int8" else ""
+        yield changed(f"use mode=qlora{also}", mode="qlora", base_bits=4, precision=resolved.numbers)
 
 
 def _shorter(plan: TrainingPlan, tokens: int) -> str:

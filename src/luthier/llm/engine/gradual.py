@@ -13,7 +13,9 @@ import torch
 from accelerate import init_empty_weights
 
 from luthier.llm.base_bits import Bits
-from luthier.llm.engine.quantised import QuantisedLinear, QuantisedWeight, quantisable, quantise
+from luthier.llm.engine.held_weight import HeldWeight, WholeWeight
+from luthier.llm.engine.integers import IntegerWeight
+from luthier.llm.engine.quantised import QuantisedLinear, quantisable, quantise
 from luthier.llm.engine.weight_files import WeightFiles
 
 
@@ -22,12 +24,27 @@ class Holding:
     """The numbers that a base is held in: ``dtype``; what is trained in float32.
 
     With ``bits`` the linear layers of its blocks are stored in so many; with ``rounded`` they are held in ``dtype`` all
-    the same, as the numbers that those bits stand for.
+    the same, as the numbers that those bits stand for. With ``integers`` they are held, and multiplied, as integers.
     """
 
     dtype: torch.dtype
     bits: Bits | None = None
     rounded: bool = False
+    integers: bool = False
+
+    @property
+    def is_in_few_bits(self) -> bool:
+        """Whether linear layers are held or rounded."""
+        return self.bits is not None or self.integers
+
+    def held(self, weight_OI: torch.Tensor) -> HeldWeight:
+        """Return the weight of a linear layer as it is held."""
+        held: HeldWeight = WholeWeight(weight_OI)
+        if self.bits:
+            held = quantise(weight_OI, self.bits)
+        if self.integers:
+            return IntegerWeight.of(held.whole(torch.float32))
+        return WholeWeight(held.whole(self.dtype)) if self.rounded else held
 
 
 def outline(kind: Any, config: Any, **options: Any) -> Any:
@@ -51,9 +68,8 @@ def is_explained(model: Any, files: WeightFiles, given: frozenset[str] = frozens
 
 def fill(model: Any, files: WeightFiles, holding: Holding, device: torch.device) -> None:
     """Give an outline its numbers, on a device. What the files lack starts as transformers starts it."""
-    for name in list(quantisable(model)) if holding.bits else ():
-        weight = quantise(files.read(f"{name}.weight").to(device), holding.bits or 4)
-        hold_quantised(model, name, weight, holding)
+    for name in list(quantisable(model)) if holding.is_in_few_bits else ():
+        _hold_linear(model, name, files.read(f"{name}.weight").to(device), holding)
     for name, parameter in own_names(model).items():
         if not parameter.is_meta:
             continue
@@ -72,20 +88,20 @@ def fill(model: Any, files: WeightFiles, holding: Holding, device: torch.device)
 
 def hold(model: Any, holding: Holding) -> None:
     """Round a model that was loaded whole to the numbers that it is to be held in, layer by layer."""
-    for name in list(quantisable(model)) if holding.bits else ():
-        hold_quantised(model, name, quantise(model.get_submodule(name).weight, holding.bits or 4), holding)
+    for name in list(quantisable(model)) if holding.is_in_few_bits else ():
+        _hold_linear(model, name, model.get_submodule(name).weight.detach(), holding)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else holding.dtype)
 
 
-def hold_quantised(model: Any, name: str, weight: QuantisedWeight, holding: Holding) -> None:
-    """Put a quantised weight into a linear layer: as it is, or as the numbers that it stands for."""
-    linear = model.get_submodule(name)
-    if holding.rounded:
-        _set(model, f"{name}.weight", weight.dequantise(holding.dtype))
+def _hold_linear(model: Any, name: str, weight_OI: torch.Tensor, holding: Holding) -> None:
+    """Give a linear layer its weight as it is held."""
+    held, linear = holding.held(weight_OI), model.get_submodule(name)
+    if isinstance(held, WholeWeight):
+        _set(model, f"{name}.weight", held.weight_OI)
         return
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, QuantisedLinear(weight, holding.dtype, linear.bias).eval())
+    setattr(model.get_submodule(parent), child, QuantisedLinear(held, holding.dtype, linear.bias).eval())
 
 
 def _set(model: Any, name: str, value: torch.Tensor) -> None:

@@ -1,5 +1,5 @@
 /* The small operations of a decoder layer, each in one pass over its numbers: norms, the gate, rotation, attention,
- * low-rank adapters; and the softmax over the vocabulary.
+ * low-rank adapters; what products of integers need before and behind them; and the softmax over the vocabulary.
  *
  * On a processor a training step spends half of its time outside of the large matrix products: torch makes each of
  * these of a dozen calls, and each call reads and writes everything. Here a row of numbers stays in the processor's
@@ -875,6 +875,134 @@ int adapter_gradients(float *ddown, float *dup, const number *dy, const number *
             product(sums, COLUMNS, low_rows + part * rank * length, length, right, stride, rank, length, columns, 0);
             for (int64_t c = 0; c < columns; c++)
                 for (int64_t r = 0; r < rank; r++) dup[(at + c) * rank + r] = sums[r * COLUMNS + c] * scale;
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* What products of 8-bit integers need before and behind them. A row of numbers is turned by a Walsh-Hadamard transform
+ * in blocks, so that no number of it is far larger than the others; blocks are a power of two, and 1 turns nothing. */
+#if defined(__clang__)
+#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLED(x, ...) __builtin_shuffle(x, (integers){__VA_ARGS__})
+#endif
+#define ALTERNATING(H) \
+    { 1, 1 & H ? -1 : 1, 2 & H ? -1 : 1, 3 & H ? -1 : 1, 4 & H ? -1 : 1, 5 & H ? -1 : 1, 6 & H ? -1 : 1, \
+      7 & H ? -1 : 1, 8 & H ? -1 : 1, 9 & H ? -1 : 1, 10 & H ? -1 : 1, 11 & H ? -1 : 1, 12 & H ? -1 : 1, \
+      13 & H ? -1 : 1, 14 & H ? -1 : 1, 15 & H ? -1 : 1 }
+#define BUTTERFLY(x, H) \
+    (x * (vector)ALTERNATING(H) + SHUFFLED(x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H, 4 ^ H, 5 ^ H, 6 ^ H, 7 ^ H, 8 ^ H, 9 ^ H, \
+                                           10 ^ H, 11 ^ H, 12 ^ H, 13 ^ H, 14 ^ H, 15 ^ H))
+
+INLINE vector turned_within(vector x)
+{
+    x = BUTTERFLY(x, 1);
+    x = BUTTERFLY(x, 2);
+    x = BUTTERFLY(x, 4);
+    return BUTTERFLY(x, 8);
+}
+
+/* The stages of the transform between vectors, without its factor of 1 / sqrt(block). */
+INLINE void turn(float *row, int64_t width, int64_t block)
+{
+    int64_t step = LANES;
+    for (; 4 * step <= block; step *= 4)
+        for (int64_t first = 0; first < width; first += 4 * step)
+            for (float *at = row + first; at < row + first + step; at += LANES) {
+                vector a = load(at), b = load(at + step), c = load(at + 2 * step), d = load(at + 3 * step);
+                vector ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
+                store(at, ab + cd), store(at + step, a_b + c_d);
+                store(at + 2 * step, ab - cd), store(at + 3 * step, a_b - c_d);
+            }
+    if (step < block)
+        for (int64_t first = 0; first < width; first += 2 * step)
+            for (float *at = row + first; at < row + first + step; at += LANES) {
+                vector a = load(at), b = load(at + step);
+                store(at, a + b), store(at + step, a - b);
+            }
+}
+
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+
+/* Rounds by adding a number that leaves no bits behind the point. */
+INLINE integers nearest(vector x) { return (integers)(x + 12582912.0f) - (integers)all(12582912.0f); }
+
+INLINE void write_bytes(int8_t *to, integers values)
+{
+    bytes found = __builtin_convertvector(values, bytes);
+    memcpy(to, &found, sizeof found);
+}
+
+/* Each row (T, W) [times a factor for each column], turned, as integers up to 127 and the row's scale. What is not
+ * finite makes the scale NaN. `fine`, where it is not NULL, gets what rounding leaves, in 254ths of the scale. */
+int to_integers(int8_t *codes, int8_t *fine, float *scales, const number *x, const float *times, int64_t tokens, int64_t width,
+                int64_t block, int threads)
+{
+    float *memory = malloc(sizeof(float) * (size_t)(threads * width));
+    if (!memory) return 1;
+    float factor = 1.0f / sqrtf((float)block);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *row = memory + THREAD * width;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            for (int64_t i = 0; i < width; i += LANES) {
+                vector values = read(x + t * width + i);
+                if (times) values *= load(times + i);
+                store(row + i, block > 1 ? turned_within(values) : values);
+            }
+            turn(row, width, block);
+            vector most = all(1e-30f), broken = {0};
+            for (int64_t i = 0; i < width; i += LANES) {
+                vector values = load(row + i);
+                most = larger((vector)((integers)values & 0x7fffffff), most);
+                broken += values * 0.0f;
+            }
+            float greatest = largest(most);
+            scales[t] = greatest * factor / 127.0f + sum(broken);
+            for (int64_t i = 0; i < width; i += LANES) {
+                vector values = load(row + i) * (127.0f / greatest);
+                integers whole = nearest(values);
+                write_bytes(codes + t * width + i, whole);
+                if (fine)
+                    write_bytes(fine + t * width + i, nearest((values - __builtin_convertvector(whole, vector)) * 254.0f));
+            }
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* The numbers of sums of products of integers: each row times its scale [and a factor for each column], turned
+ * [, added to y]. */
+int from_integers(number *y, const int32_t *sums, const float *scales, const float *times, int64_t tokens,
+                  int64_t width, int64_t block, int64_t add, int threads)
+{
+    float *memory = malloc(sizeof(float) * (size_t)(threads * width));
+    if (!memory) return 1;
+    float factor = 1.0f / sqrtf((float)block);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *row = memory + THREAD * width;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            number *to = y + t * width;
+            for (int64_t i = 0; i < width; i += LANES) {
+                integers found;
+                memcpy(&found, sums + t * width + i, sizeof found);
+                vector values = __builtin_convertvector(found, vector) * (scales[t] * factor);
+                if (times) values *= load(times + i);
+                if (block > 1)
+                    store(row + i, turned_within(values));
+                else
+                    write(to + i, add ? read(to + i) + values : values);
+            }
+            if (block == 1) continue;
+            turn(row, width, block);
+            for (int64_t i = 0; i < width; i += LANES)
+                write(to + i, add ? read(to + i) + load(row + i) : load(row + i));
         }
     }
     free(memory);

@@ -16,6 +16,9 @@ import torch
 from luthier.llm.engine.row_attention import Heads, attend, attend_backward
 from luthier.llm.engine.row_layout import RowLayout
 
+INT8_MAX = 127
+FINER = 254  # steps of what rounding leaves, in one of integers
+LEAST = 1e-30  # the greatest magnitude that a row of zeros is taken to have
 Rope = tuple[torch.Tensor, torch.Tensor]
 """The cosines and sines of each token's angles, (T, 1, D) each, in float32."""
 
@@ -111,6 +114,49 @@ class LayerOperations:
             for one in adapters
         ]
 
+    def to_integers(
+        self,
+        x_TI: torch.Tensor,
+        block: int = 1,
+        times_I: torch.Tensor | None = None,
+        fine_TI: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each row as int8 (T, I) and its scale (T,), in float32, so that their product is the row.
+
+        Each column is multiplied by its factor of ``times`` first, then each block of so many numbers is
+        :func:`turned`. A row's greatest magnitude becomes 127; what is not finite makes its scale NaN. ``fine``, int8
+        too, is overwritten with what rounding leaves, in steps of the scale over :data:`FINER`.
+        """
+        x_TI = turned(x_TI.float() if times_I is None else x_TI.float() * times_I, block)
+        most_T1 = x_TI.abs().amax(1, keepdim=True).clamp_(min=LEAST)
+        exact_TI = (x_TI * (INT8_MAX / most_T1)).nan_to_num_(posinf=0.0, neginf=0.0)
+        codes_TI = exact_TI.round()
+        if fine_TI is not None:
+            fine_TI.copy_(exact_TI.sub_(codes_TI).mul_(FINER).round_())
+        return codes_TI.to(torch.int8), most_T1[:, 0] / INT8_MAX + (x_TI * 0).sum(1)
+
+    def from_integers(
+        self,
+        y_TO: torch.Tensor,
+        sums_TO: torch.Tensor,
+        scales_T: torch.Tensor,
+        block: int = 1,
+        times_O: torch.Tensor | None = None,
+        *,
+        add: bool = False,
+    ) -> None:
+        """Write into ``y`` what int32 sums of products of integers stand for, or add it there.
+
+        That is rows times scales, columns times factors, and blocks :func:`turned` back. Without ``add`` the sums may
+        lie in the memory of ``y``.
+        """
+        found_TO = sums_TO * scales_T[:, None]
+        found_TO = turned(found_TO if times_O is None else found_TO * times_O, block).to(y_TO.dtype)
+        if add:
+            y_TO += found_TO
+        else:
+            y_TO.copy_(found_TO)
+
     def attend(
         self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -131,6 +177,20 @@ class LayerOperations:
     ) -> torch.Tensor:
         """Return the gradient of ``qkv_TCD`` from that of the output, and what :meth:`attend` gave."""
         return attend_backward(dout_THD, out_THD, qkv_TCD, heads, layout)
+
+
+def turned(x_TI: torch.Tensor, block: int) -> torch.Tensor:
+    """Return each block of so many numbers of a row, a power of two, times the Walsh-Hadamard matrix; its own inverse.
+
+    The matrix is orthogonal and spreads a number over its block: outliers, which integers hold badly, go (Ashkboos et
+    al. 2024, arXiv 2404.00456, section 3).
+    """
+    half = 1
+    while half < block:
+        first, second = x_TI.reshape(-1, 2, half).unbind(1)
+        x_TI = torch.stack((first + second, first - second), 1).view(x_TI.shape)
+        half *= 2
+    return x_TI / block**0.5 if block > 1 else x_TI
 
 
 def inverse_rms(x_TE: torch.Tensor, epsilon: float) -> torch.Tensor:

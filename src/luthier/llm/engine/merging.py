@@ -108,7 +108,7 @@ def _merged(model: Any, files: WeightFiles, adapter: _Adapter) -> Iterator[tuple
             continue
         tensor, layer = files.read(name), name.removesuffix(".weight")
         if adapter.bits and name in rounded:
-            tensor = quantise(tensor, adapter.bits).dequantise(torch.float32)
+            tensor = quantise(tensor, adapter.bits).whole(torch.float32)
         yield name, adapter.added(layer, tensor) if layer in adapter.layers else tensor
     parameters = {name for name, _ in model.named_parameters()}
     yield from ((name, files.read(name)) for name in model.state_dict() if name not in parameters)

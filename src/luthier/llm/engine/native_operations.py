@@ -119,6 +119,36 @@ class NativeOperations(LayerOperations):
         self._run("adapter_gradients", *given)
         return [(ddown_RI[one.ranks], dup_OR[one.outputs]) for one in adapters]
 
+    def to_integers(
+        self,
+        x_TI: torch.Tensor,
+        block: int = 1,
+        times_I: torch.Tensor | None = None,
+        fine_TI: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`LayerOperations.to_integers`."""
+        if not self._take(x_TI) or 1 < block < LANES:
+            return super().to_integers(x_TI, block, times_I, fine_TI)
+        codes_TI, scales_T = x_TI.new_empty(x_TI.shape, dtype=torch.int8), torch.empty(len(x_TI))
+        self._run("to_integers", codes_TI, fine_TI, scales_T, x_TI, times_I, *x_TI.shape, block)
+        return codes_TI, scales_T
+
+    def from_integers(
+        self,
+        y_TO: torch.Tensor,
+        sums_TO: torch.Tensor,
+        scales_T: torch.Tensor,
+        block: int = 1,
+        times_O: torch.Tensor | None = None,
+        *,
+        add: bool = False,
+    ) -> None:
+        """See :meth:`LayerOperations.from_integers`."""
+        if not self._take(y_TO) or 1 < block < LANES:
+            super().from_integers(y_TO, sums_TO, scales_T, block, times_O, add=add)
+            return
+        self._run("from_integers", y_TO, sums_TO, scales_T, times_O, *y_TO.shape, block, int(add))
+
     def attend(
         self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -165,8 +195,8 @@ class NativeOperations(LayerOperations):
     def _take(self, *values: torch.Tensor) -> bool:
         return all(v.dtype == self._dtype and v.is_contiguous() and v.shape[-1] % LANES == 0 for v in values)
 
-    def _run(self, name: str, *arguments: torch.Tensor | Array[Any] | float) -> None:
-        """Call a kernel, which gets the memory of tensors; other threads of Python go on meanwhile."""
+    def _run(self, name: str, *arguments: torch.Tensor | Array[Any] | float | None) -> None:
+        """Call a kernel, which gets the memory of tensors (None: none); other threads of Python go on meanwhile."""
         given = [_argument(argument) for argument in arguments]
         if getattr(self._kernels, name)(*given, c_int(torch.get_num_threads())):
             raise MemoryError(f"no memory for {name}")
@@ -217,7 +247,9 @@ def _sizes(adapters: Sequence[Adapter], x_TI: torch.Tensor) -> tuple[Array[Any],
     return ends, len(adapters), adapters[0].up_OR.shape[-1], *x_TI.shape
 
 
-def _argument(value: torch.Tensor | Array[Any] | float) -> Any:
+def _argument(value: torch.Tensor | Array[Any] | float | None) -> Any:
+    if value is None:
+        return c_void_p()
     if isinstance(value, torch.Tensor):
         return c_void_p(value.data_ptr())
     if isinstance(value, Array):

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 
+from luthier.llm.engine.held_weight import HeldWeight, StackedWeights, WholeWeight
+from luthier.llm.engine.integers import IntegerWeight
 from luthier.llm.engine.layer_operations import Adapter, LayerOperations
 from luthier.llm.engine.quantised import QuantisedLinear
 
@@ -42,7 +45,7 @@ class Projection:
         self._do = operations
         self._parts = list(_parts(layers))
         self._outputs = self._parts[-1].outputs.stop
-        self._fused_OI = _fuse([part.linear for part in self._parts])
+        self._weight = _fuse([part.linear for part in self._parts])
         self._adapters = [part.adapter for part in self._parts if part.adapter is not None]
         self._learns = any(part.is_learning for part in self._parts)
         self.parameters = [parameter for part in self._parts for parameter in _trained(part)]
@@ -55,16 +58,15 @@ class Projection:
         What an adapter adds is far smaller than what it is added to, at first: rounded to bfloat16, a sum would lose
         it. So it is made first, and the large product is added onto it, which rounds once.
         """
-        weight_OI, bias = self._weight(x_TI.dtype), self._bias(x_TI.dtype)
-        if not self._adapters:
-            if onto_TO is None:
-                return torch.nn.functional.linear(x_TI, weight_OI, bias), None
-            y_TO, low_TR = torch.addmm(onto_TO, x_TI, weight_OI.T), None
-        else:
+        low_TR = None
+        if self._adapters:
             y_TO, low_TR = self._do.adapt(x_TI, self._adapters, self._outputs)
-            y_TO.addmm_(x_TI, weight_OI.T)
+            self._weight.times(x_TI, y_TO)
             if onto_TO is not None:
                 y_TO += onto_TO
+        else:
+            y_TO = self._weight.times(x_TI, None if onto_TO is None else onto_TO.clone())
+        bias = self._bias(x_TI.dtype)
         if bias is not None:
             y_TO += bias
         return y_TO, low_TR
@@ -85,15 +87,7 @@ class Projection:
             if part.adapter is not None and self._learns:
                 own = next(of_adapters)
                 gradients += own if part.is_learning else ()
-        if not input_needed:
-            return None, gradients
-        weight_OI = self._weight(dy_TO.dtype)
-        return dy_TO @ weight_OI if dx_TI is None else dx_TI.addmm_(dy_TO, weight_OI), gradients
-
-    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
-        if self._fused_OI is not None:
-            return self._fused_OI.to(dtype)
-        return torch.cat([part.linear.quantised.dequantise(dtype) for part in self._parts])
+        return self._weight.times_back(dy_TO, dx_TI) if input_needed else None, gradients
 
     def _bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         if self._parts[0].linear.bias is None:
@@ -149,13 +143,22 @@ def _linear_gradients(linear: Any, dy_TO: torch.Tensor, x_TI: torch.Tensor) -> I
         yield dy_TO.sum(0).to(linear.bias.dtype)
 
 
-def _fuse(linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
-    """Move the weights into one tensor of which the layers' parameters are views; None where they are quantised."""
-    if any(isinstance(linear, QuantisedLinear) for linear in linears):
-        return None
-    if len(linears) == 1:
-        return linears[0].weight.data
-    fused_OI = torch.cat([linear.weight.data for linear in linears])
-    for linear, rows_OI in zip(linears, fused_OI.split([linear.out_features for linear in linears]), strict=True):
-        linear.weight.data = rows_OI
-    return fused_OI
+def _fuse(linears: Sequence[Any]) -> HeldWeight:
+    """Return the weights of layers as one; what the layers hold becomes views of it where that can be."""
+    ends = list(accumulate(linear.out_features for linear in linears))
+    rows = [slice(end - linear.out_features, end) for end, linear in zip(ends, linears, strict=True)]
+    held = [linear.held for linear in linears if isinstance(linear, QuantisedLinear)]
+    if not held:
+        if len(linears) == 1:
+            return WholeWeight(linears[0].weight.data)
+        fused_OI = torch.cat([linear.weight.data for linear in linears])
+        for linear, own in zip(linears, rows, strict=True):
+            linear.weight.data = fused_OI[own]
+        return WholeWeight(fused_OI)
+    integers = [weight for weight in held if isinstance(weight, IntegerWeight)]
+    if len(integers) < len(linears):
+        return StackedWeights(held)
+    fused = IntegerWeight.stacked(integers)
+    for linear, own in zip(linears, rows, strict=True):
+        linear.held = fused.rows(own)
+    return fused

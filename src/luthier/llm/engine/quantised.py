@@ -16,7 +16,7 @@ blocks, T anything before the inputs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -25,6 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from luthier.llm.base_bits import Bits
+from luthier.llm.engine.held_weight import HeldWeight
 
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share the scale and offset of their 8 bits
@@ -55,8 +56,8 @@ NF4 = (
 
 
 @dataclass(frozen=True)
-class QuantisedWeight:
-    """A weight matrix in 4 or 8 bits.
+class QuantisedWeight(HeldWeight):
+    """A weight matrix in 4 or 8 bits, which is made whole again wherever it is multiplied.
 
     ``codes``: 4 bits: uint8 (B * 32,), two NF4 codes a byte, the first in the high half; 8 bits: int8 (B * 64,). The
     last block is filled up with zeros. ``absmax_B``: the greatest magnitude of each block; 8 bits: float32; 4 bits:
@@ -64,14 +65,24 @@ class QuantisedWeight:
     """
 
     bits: Bits
-    shape: tuple[int, int]
+    size: tuple[int, int]
     codes: torch.Tensor
     absmax_B: torch.Tensor
     absmax_range_G2: torch.Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """See :attr:`HeldWeight.shape`."""
+        return self.size
+
+    @property
+    def device(self) -> torch.device:
+        """See :attr:`HeldWeight.device`."""
+        return self.codes.device
+
+    @property
     def bytes(self) -> int:
-        """The memory of codes and scales in bytes."""
+        """See :attr:`HeldWeight.bytes`."""
         tensors = (self.codes, self.absmax_B, self.absmax_range_G2)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -79,22 +90,22 @@ class QuantisedWeight:
         """Return the greatest magnitude of each block, float32 (B,)."""
         return _whole_absmax(self.absmax_B, self.absmax_range_G2)
 
-    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight (O, I) that the codes stand for; computed in float32 and rounded once to ``dtype``."""
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`HeldWeight.whole`."""
         if self.bits == 4:
             pairs = _nf4_pairs(self.codes.device).index_select(0, self.codes.int())
             weight_B64 = pairs.view(torch.float32).view(-1, BLOCK).mul_(self.scales()[:, None])
         else:
             weight_B64 = self.codes.view(-1, BLOCK) * (self.scales() / INT8_MAX)[:, None]
-        outputs, inputs = self.shape
+        outputs, inputs = self.size
         return weight_B64.view(-1)[: outputs * inputs].view(outputs, inputs).to(dtype)
 
     def to(self, device: torch.device) -> QuantisedWeight:
-        """Return the same weight on another device; number types stay as they are."""
+        """See :meth:`HeldWeight.to`."""
         spread = self.absmax_range_G2
         return QuantisedWeight(
             self.bits,
-            self.shape,
+            self.size,
             self.codes.to(device),
             self.absmax_B.to(device),
             None if spread is None else spread.to(device),
@@ -130,16 +141,16 @@ def _quantised(flat_N: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Te
 
 
 class QuantisedLinear(torch.nn.Linear):
-    """A frozen linear layer in 4 or 8 bits. Gradients flow to its input (and its bias), never to its weight.
+    """A frozen linear layer in few bits. Gradients flow to its input (and its bias), never to its weight.
 
-    It is made with :meth:`from_linear`. ``weight_dtype`` is the number type in which ``weight`` is given; products are
+    ``held`` is that weight. ``weight_dtype`` is the number type in which ``weight`` is given; products are
     computed in that of the input, or of autocast where that is on.
     """
 
-    def __init__(self, quantised: QuantisedWeight, weight_dtype: torch.dtype, bias: torch.nn.Parameter | None) -> None:
+    def __init__(self, held: HeldWeight, weight_dtype: torch.dtype, bias: torch.nn.Parameter | None) -> None:
         torch.nn.Module.__init__(self)  # not Linear's: it would make a whole weight
-        self.out_features, self.in_features = quantised.shape
-        self.quantised = quantised
+        self.out_features, self.in_features = held.shape
+        self.held = held
         self.weight_dtype = weight_dtype
         self.register_parameter("bias", bias)
 
@@ -152,75 +163,55 @@ class QuantisedLinear(torch.nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weight (O, I) in ``weight_dtype``, made anew on every access: a change of it changes nothing."""
-        return self.quantised.dequantise(self.weight_dtype)
+        return self.held.whole(self.weight_dtype)
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """Where the weight is: PEFT asks this of layers in few bits, instead of the weight, for each adapter's part."""
+        return torch.empty(0, device=self.held.device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the outputs (T, O) for inputs (T, I)."""
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        output_TO: torch.Tensor = _Product.apply(input.to(dtype), self.quantised)
+        output_TO: torch.Tensor = _Product.apply(input.to(dtype), self.held)
         return output_TO if self.bias is None else output_TO + self.bias.to(dtype)
 
     def extra_repr(self) -> str:
         """Say the sizes and the bits."""
-        return f"{super().extra_repr()}, bits={self.quantised.bits}"
+        return f"{super().extra_repr()}, bits={8 * self.held.bytes / self.out_features / self.in_features:.1f}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Follow ``.to(device)`` and ``.to(dtype)``: codes and scales move, but keep their own number types."""
         super()._apply(fn, recurse)
-        moved = fn(torch.empty(0, dtype=self.weight_dtype, device=self.quantised.codes.device))
+        moved = fn(torch.empty(0, dtype=self.weight_dtype, device=self.held.device))
         self.weight_dtype = moved.dtype
-        self.quantised = self.quantised.to(moved.device)
+        self.held = self.held.to(moved.device)
         return self
 
 
 class _Product(torch.autograd.Function):
-    """Multiply with a quantised weight; what backward needs of it is made again instead of being kept."""
+    """Multiply with a held weight; what backward needs of it is made again instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: torch.Tensor, quantised: QuantisedWeight) -> torch.Tensor:
-        ctx.quantised = quantised
-        return torch.nn.functional.linear(x_TI, quantised.dequantise(x_TI.dtype))
+    def forward(ctx: Any, x_XI: torch.Tensor, held: HeldWeight) -> torch.Tensor:
+        ctx.held = held
+        return held.times(x_XI.reshape(-1, x_XI.shape[-1])).view(*x_XI.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TO: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+    def backward(ctx: Any, dy_XO: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return dy_TO @ ctx.quantised.dequantise(dy_TO.dtype), None
+        return ctx.held.times_back(dy_XO.reshape(-1, dy_XO.shape[-1])).view(*dy_XO.shape[:-1], -1), None
 
 
-@dataclass(frozen=True)
-class Quantisation:
-    """What :func:`quantise_model` did: how many layers, and the bytes of their weights before and after."""
+def quantisable(model: torch.nn.Module) -> Iterator[str]:
+    """Yield the names of the linear layers that can be held in few bits: those of a model's numbered layers.
 
-    layers: int
-    bytes_before: int
-    bytes_after: int
-
-
-def quantise_model(model: torch.nn.Module, bits: Bits, skip: Sequence[str] = HEADS) -> Quantisation:
-    """Replace the linear layers of a model's numbered layers by quantised ones, in place, one after the other.
-
-    Left as they are: layers with a part of their dotted name in ``skip``, those outside a numbered list of layers
-    (such as heads), subclasses of ``Linear``, and weights that two modules share (such as a head tied to embeddings).
+    Left out are parts of heads, those outside a numbered list of layers (such as heads), subclasses of ``Linear``, and
+    weights that two modules share (such as a head tied to embeddings).
     """
-    layers = before = after = 0
-    for name in list(quantisable(model, skip)):
-        # By name: a list of modules would keep every whole weight in memory to the end.
-        parent, _, child = name.rpartition(".")
-        linear = model.get_submodule(name)
-        assert isinstance(linear, torch.nn.Linear)  # noqa: S101 - for the type checker; quantisable gives no others
-        quantised = QuantisedLinear.from_linear(linear, bits)
-        layers += 1
-        before += linear.weight.nbytes
-        after += quantised.quantised.bytes
-        setattr(model.get_submodule(parent), child, quantised)
-    return Quantisation(layers, before, after)
-
-
-def quantisable(model: torch.nn.Module, skip: Sequence[str] = HEADS) -> Iterator[str]:
-    """Yield the names of the layers that :func:`quantise_model` replaces."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -228,7 +219,7 @@ def quantisable(model: torch.nn.Module, skip: Sequence[str] = HEADS) -> Iterator
         if (
             type(module) is torch.nn.Linear
             and numbered
-            and set(skip).isdisjoint(parts)
+            and set(HEADS).isdisjoint(parts)
             and owners[id(module.weight)] == 1
         ):
             yield name

@@ -36,7 +36,8 @@ class RowModel:
 
     The layers run fused where the family is known (:mod:`luthier.llm.engine.fused_decoder`), else as transformers
     has them, and compute in ``dtype`` (None: that of the weights). ``recompute`` keeps only each layer's input for the
-    backward pass: less memory, a third more work.
+    backward pass: less memory, a third more work. With ``integers`` the products of its head are made in integers, as
+    those of layers are that it was loaded with (:mod:`luthier.llm.engine.integers`).
 
     Where a model was not loaded to take rows (``takes_rows``; see :func:`luthier.llm.base_config.rows_up_to`), the
     examples of a row go through it as padded batches of similar length: the numbers are the same.
@@ -46,7 +47,13 @@ class RowModel:
     """
 
     def __init__(
-        self, model: Any, dtype: torch.dtype | None = None, *, recompute: bool = False, fused: bool = True
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        fused: bool = True,
+        integers: bool = False,
     ) -> None:
         self.model = model
         self._inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -60,6 +67,8 @@ class RowModel:
         self._fused = FusedDecoder(self._decoder, self.dtype, recompute=recompute) if fused else None
         if recompute and self._fused is None:
             enable_recompute(self._inner)
+        writes = self._inner.get_output_embeddings() is not None
+        self._head = Head.of(self._inner).in_integers() if integers and writes else None
         self._one_by_one = same_positions_up_to(config.to_dict()) < UNBOUNDED
         if config.model_type not in ROW_FAMILIES:
             self._check()
@@ -95,7 +104,7 @@ class RowModel:
         sources, targets = zip(*row.targets, strict=True)
         hidden_ME = self.hidden(row, sources, noise)
         targets_M = torch.tensor(targets, device=self.device)
-        return target_logprobs(hidden_ME, Head.of(self._inner), targets_M, label_smoothing)
+        return target_logprobs(hidden_ME, self._head or Head.of(self._inner), targets_M, label_smoothing)
 
     def batches(
         self, examples: Sequence[TokenizedExample], tokens_per_row: int

@@ -11,12 +11,14 @@ Names end in their dimensions: M targets, B targets of a piece, V vocabulary, E 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 
+from luthier.llm.engine.held_weight import HeldWeight, WholeWeight
+from luthier.llm.engine.integers import IntegerWeight
 from luthier.llm.engine.native_operations import log_softmax_in_place
 
 PIECE_LOGITS = 8_000_000  # numbers that are held at once: as many as a processor's caches and memory take well
@@ -27,11 +29,15 @@ LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states: cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap."""
+    """What makes logits of hidden states: cap tanh(scale (W h + b) / cap), or scale (W h + b) without a cap.
+
+    ``held`` is what a frozen head is multiplied by instead of its weight.
+    """
 
     linear: torch.nn.Linear
     scale: float = 1.0
     cap: float = 0.0
+    held: HeldWeight | None = None
 
     @classmethod
     def of(cls, model: Any) -> Head:
@@ -44,6 +50,17 @@ class Head:
         scale = math.prod(factor or 1.0 for factor in factors) / (getattr(config, "logits_scaling", None) or 1.0)
         cap = next((found for name in LOGIT_CAPS if (found := getattr(config, name, None))), 0.0)
         return cls(model.get_output_embeddings(), scale, cap)
+
+    def in_integers(self) -> Head:
+        """Return the head with its products in integers, unless it is trained or caps its logits.
+
+        Its weight is held less the mean of its rows: that moves all logits of a token by as much, which changes no
+        probability, and what is left out of a gradient, whose logits' parts add up to 0, is then far less.
+        """
+        weight_VE = self.linear.weight.detach()
+        if self.linear.weight.requires_grad or self.cap:
+            return self
+        return replace(self, held=IntegerWeight.of(weight_VE - weight_VE.mean(0), fine=True))
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,8 @@ def target_logprobs(
     weight_VE, bias_V = head.linear.weight, head.linear.bias
     if weight_VE.requires_grad and torch.is_grad_enabled():
         return Targets(*_TrainedHead.apply(hidden_ME, weight_VE, bias_V, targets_M, softmax))
-    return Targets(*_FrozenHead.apply(hidden_ME, *_cast(weight_VE, bias_V, hidden_ME.dtype), targets_M, softmax))
+    cast_VE, cast_V = _cast(weight_VE, bias_V, hidden_ME.dtype)
+    return Targets(*_FrozenHead.apply(hidden_ME, head.held or WholeWeight(cast_VE), cast_V, targets_M, softmax))
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ME: torch.Tensor,
-        weight_VE: torch.Tensor,
+        weight: HeldWeight,
         bias_V: torch.Tensor | None,
         targets_M: torch.Tensor,
         softmax: _Softmax,
@@ -135,15 +153,18 @@ class _FrozenHead(torch.autograd.Function):
         logprobs_M = torch.empty(len(targets_M), device=hidden_ME.device)
         chosen_M = torch.empty_like(targets_M)
         gradient_ME = torch.empty_like(hidden_ME) if ctx.needs_input_grad[0] else None
-        pieces = _pieces(targets_M, weight_VE)
+        pieces = _pieces(targets_M, weight.shape[0])
         # One piece of memory for all pieces: to get new pages from the system costs as much as a product.
-        held_BV = hidden_ME.new_empty(len(targets_M[pieces[0]]), len(weight_VE))
+        held_BV = hidden_ME.new_empty(len(targets_M[pieces[0]]), weight.shape[0])
         for piece in pieces:
-            logits_BV = _head(hidden_ME[piece], weight_VE, bias_V, held_BV)
+            logits_BV = held_BV[: len(targets_M[piece])]
+            weight.times_into(logits_BV, hidden_ME[piece])
+            if bias_V is not None:
+                logits_BV += bias_V
             outcome = softmax.outcome(logits_BV, targets_M[piece], gradient=gradient_ME is not None)
             logprobs_M[piece], chosen_M[piece], dlogits_BV = outcome
             if gradient_ME is not None and dlogits_BV is not None:
-                gradient_ME[piece] = dlogits_BV.to(weight_VE.dtype) @ weight_VE
+                gradient_ME[piece] = weight.times_back(dlogits_BV.to(hidden_ME.dtype))
         if gradient_ME is not None:
             ctx.save_for_backward(gradient_ME)
         ctx.mark_non_differentiable(chosen_M)
@@ -168,7 +189,7 @@ class _TrainedHead(torch.autograd.Function):
         cast_VE, cast_V = _cast(weight_VE, bias_V, hidden_ME.dtype)
         logprobs_M1 = torch.empty(len(targets_M), 1, device=hidden_ME.device)
         log_sum_M1, chosen_M = torch.empty_like(logprobs_M1), torch.empty_like(targets_M)
-        for piece in _pieces(targets_M, weight_VE):
+        for piece in _pieces(targets_M, len(weight_VE)):
             logits_BV = softmax.logits(hidden_ME[piece], cast_VE, cast_V)
             chosen_M[piece] = logits_BV.argmax(dim=-1)
             logprobs_M1[piece], log_sum_M1[piece] = softmax.logprobs(logits_BV, targets_M[piece, None])
@@ -183,7 +204,7 @@ class _TrainedHead(torch.autograd.Function):
         cast_VE, cast_V = _cast(weight_VE, bias_V, hidden_ME.dtype)
         dhidden_ME, dweight_VE = torch.empty_like(hidden_ME), torch.zeros_like(weight_VE)
         dbias_V = None if bias_V is None else torch.zeros_like(bias_V)
-        for piece in _pieces(targets_M, weight_VE):
+        for piece in _pieces(targets_M, len(weight_VE)):
             logits_BV = ctx.softmax.logits(hidden_ME[piece], cast_VE, cast_V)
             dlogits_BV = ctx.softmax.gradient(logits_BV, log_sum_M1[piece], targets_M[piece, None])
             dlogits_BV = dlogits_BV.mul_(gradients[0][piece, None]).to(cast_VE.dtype)
@@ -194,16 +215,6 @@ class _TrainedHead(torch.autograd.Function):
         return dhidden_ME, dweight_VE, dbias_V, None, None
 
 
-def _head(
-    hidden_BE: torch.Tensor, weight_VE: torch.Tensor, bias_V: torch.Tensor | None, held_BV: torch.Tensor
-) -> torch.Tensor:
-    """Return W h + b, in memory that is held for it."""
-    logits_BV = held_BV[: len(hidden_BE)]
-    if bias_V is None:
-        return torch.mm(hidden_BE, weight_VE.T, out=logits_BV)
-    return torch.addmm(bias_V, hidden_BE, weight_VE.T, out=logits_BV)
-
-
 def _cast(
     weight_VE: torch.Tensor, bias_V: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -211,9 +222,9 @@ def _cast(
     return weight_VE.detach().to(dtype), None if bias_V is None else bias_V.detach().to(dtype)
 
 
-def _pieces(targets_M: torch.Tensor, weight_VE: torch.Tensor) -> list[slice]:
+def _pieces(targets_M: torch.Tensor, vocabulary: int) -> list[slice]:
     held = _logits_of_gpu(targets_M.device) if targets_M.is_cuda else PIECE_LOGITS
-    size = max(1, held // len(weight_VE))
+    size = max(1, held // vocabulary)
     return [slice(first, first + size) for first in range(0, len(targets_M), size)]
 
 

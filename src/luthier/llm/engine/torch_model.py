@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ HEADS = frozenset({"score", "classifier", "pre_classifier", "pooler", "head"})
 _Probe = tuple[int, int, int]  # size of the matrices, products in a row, runs of which the best counts
 PROBES: dict[str, _Probe] = {"cpu": (1024, 1, 5), "mps": (2048, 4, 5), "cuda": (8192, 8, 5)}
 RATIO_PROBE: _Probe = (320, 1, 60)
+MOST = 127  # of an 8-bit integer
 SCORING_BYTES = 2_000_000_000  # what scoring takes beside the weights
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -67,6 +69,7 @@ def measure_machine() -> Machine:
         device_name=name,
         has_fast_bfloat16=fast,
         bfloat16_speed=speed,
+        int8_speed=_int8_speed(here),
         matmul_flops=_matmul_flops(here, PROBES[here.type], torch.bfloat16 if fast else torch.float32)[0],
     )
 
@@ -139,7 +142,7 @@ def load_held(
     _refuse_head(kind, config)
     here, files = on or device(), WeightFiles(folder)
     model = outline(kind, config, dtype=holding.dtype, attn_implementation=_attention(config, longest))
-    if holding.bits and not any(quantisable(model)):
+    if holding.is_in_few_bits and not any(quantisable(model)):
         raise InputError(f"A {config.model_type} has no linear layers to hold in few bits.", hint="use mode lora")
     if is_explained(model, files, frozenset(_head_names(model))):
         choose(model)
@@ -258,13 +261,36 @@ def _bfloat16_speed(here: torch.device) -> float | None:
     """
     if here.type != "cpu" or BFLOAT16_CPU_FLAGS.isdisjoint(cpu_flags().split()):
         return None
+    with _one_thread():
+        rates = _matmul_flops(here, RATIO_PROBE, torch.float32, torch.bfloat16)
+    return rates[1] / rates[0]
+
+
+@lru_cache
+def _int8_speed(here: torch.device) -> float | None:
+    """Return how many times as fast a processor's products of 8-bit integers are as float32 ones (None: not exact).
+
+    Instructions of older processors add pairs of products in 16 bits, which the largest numbers overflow.
+    """
+    if here.type != "cpu":
+        return None
+    size = RATIO_PROBE[0]
+    largest = torch.full((size, size), MOST, dtype=torch.int8)
+    if not torch.equal(torch._int_mm(largest, -largest), torch.full((size, size), -size * MOST**2, dtype=torch.int32)):
+        return None
+    with _one_thread():
+        rates = _matmul_flops(here, RATIO_PROBE, torch.float32, torch.int8)
+    return rates[1] / rates[0]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rates = _matmul_flops(here, RATIO_PROBE, torch.float32, torch.bfloat16)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return rates[1] / rates[0]
 
 
 def _matmul_flops(here: torch.device, probe: _Probe, *dtypes: torch.dtype) -> list[float]:
@@ -279,7 +305,7 @@ def _matmul_flops(here: torch.device, probe: _Probe, *dtypes: torch.dtype) -> li
         for index, (left, right) in enumerate(pairs):
             started = time.perf_counter()
             for _ in range(products):
-                found = left @ right.t()
+                found = left @ right.t() if left.dtype.is_floating_point else torch._int_mm(left, right.t())
             float(found[0, 0])  # reading a value waits for the device
             best[index] = max(best[index], 2 * products * size**3 / (time.perf_counter() - started))
     return best

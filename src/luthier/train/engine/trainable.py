@@ -45,24 +45,24 @@ def load_trainable(
     elif resolved.mode == "full":
         model.requires_grad_(True)
     model.eval()  # PEFT's new dropouts are not, and what a preference is measured against must not be noisy
-    dtype = DTYPES[resolved.precision]
+    dtype = DTYPES[resolved.numbers]
     if is_encoder(base_folder):
         return EncoderModel(model, dtype, recompute=resolved.recompute)
-    return RowModel(model, dtype, recompute=resolved.recompute)
+    return RowModel(model, dtype, recompute=resolved.recompute, integers=resolved.precision == "int8")
 
 
 def _load(base_folder: Path, resolved: Resolved, labels: tuple[str, ...], start_adapter: Path | None) -> Any:
     # Weights that are trained stay in float32 and are rounded where they are used; frozen ones are held as used.
     options = {} if product(resolved.method) == "generator" else _classes(labels)
     options["longest"] = resolved.max_tokens
-    dtype, bits = DTYPES[resolved.precision], _bits(resolved, start_adapter)
+    dtype, bits, integers = DTYPES[resolved.numbers], _bits(resolved, start_adapter), resolved.precision == "int8"
     if resolved.mode == "last_layers":
         choose = partial(_train_last_layers, count=resolved.last_layers)
         return load_held(base_folder, Holding(dtype), choose=choose, **options)
-    if bits:
-        holding = Holding(dtype, bits, rounded=resolved.mode != "qlora")
+    if bits or integers:
+        holding = Holding(dtype, bits, rounded=resolved.mode != "qlora", integers=integers)
         return load_held(base_folder, holding, choose=_train_heads, **options)
-    model = load_base(base_folder, resolved.precision if resolved.has_adapter else "float32", **options)
+    model = load_base(base_folder, resolved.numbers if resolved.has_adapter else "float32", **options)
     for _, head in heads(model):
         head.float()
     return model

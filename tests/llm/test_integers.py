@@ -1,0 +1,257 @@
+"""Products in 8-bit integers are those of the numbers that the integers stand for, and near the exact ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from luthier.llm.engine.gradual import Holding, hold
+from luthier.llm.engine.integers import IntegerWeight
+from luthier.llm.engine.layer_operations import FINER, LayerOperations, turned
+from luthier.llm.engine.native_operations import NativeOperations, operations_for
+from luthier.llm.engine.quantised import QuantisedLinear
+from luthier.llm.engine.row_attention import ATTENTION_NAME
+from luthier.llm.engine.row_model import RowModel
+from luthier.llm.engine.target_logprobs import Head, target_logprobs
+from luthier.llm.rows import pack
+from luthier.templates.renderer import TokenizedExample
+
+CPU = torch.device("cpu")
+TORCH = LayerOperations()
+INTEGERS = Holding(torch.float32, integers=True)
+WIDTHS = (16, 48, 80, 96, 576, 1536)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native() -> NativeOperations:
+    found = operations_for(torch.float32, CPU)
+    if not isinstance(found, NativeOperations):
+        pytest.skip("no C compiler here")
+    return found
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hidden_states(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Return numbers as models have them: one of them is far larger than the others in every token."""
+    x_TI = numbers(tokens, width, seed=seed)
+    x_TI[:, width // 3] *= 60.0
+    return x_TI
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def whole_of(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return codes * scales[:, None]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_turning_twice_gives_what_there_was(width: int) -> None:
+    x, block = numbers(5, width), width & -width
+    assert torch.allclose(turned(turned(x, block), block), x, atol=1e-5)
+    assert torch.allclose(turned(x, block).norm(dim=1), x.norm(dim=1), rtol=1e-5)
+    assert float(turned(hidden_states(5, 576), 64).abs().max()) < float(hidden_states(5, 576).abs().max()) / 4
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_the_kernels_give_what_torch_gives(
+    native: NativeOperations, threads: int, width: int, in_blocks: bool, with_factors: bool
+) -> None:
+    x, onto, block = hidden_states(7, width), numbers(7, width, seed=1), width & -width if in_blocks else 1
+    factors = numbers(width, seed=2).abs() + 0.1 if with_factors else None
+    fine, exact_fine = torch.empty(7, width, dtype=torch.int8), torch.empty(7, width, dtype=torch.int8)
+    codes, scales = native.to_integers(x, block, factors, fine)
+    exact_codes, exact_scales = TORCH.to_integers(x, block, factors, exact_fine)
+    assert torch.allclose(scales, exact_scales, rtol=1e-5)
+    # Of two integers that are as near, either may be taken; what is left over then has the other sign.
+    assert int((codes.int() - exact_codes.int()).abs().max()) <= 1
+    both, exact = (c + f / FINER for c, f in ((codes.double(), fine), (exact_codes.double(), exact_fine)))
+    assert float((both - exact).abs().max()) < 1.1 / FINER
+
+    sums = torch.randint(-(10**6), 10**6, (7, width), dtype=torch.int32)
+    for add in (False, True):
+        found, expected = onto.clone(), onto.clone()
+        native.from_integers(found, sums, scales, block, factors, add=add)
+        TORCH.from_integers(expected, sums, scales, block, factors, add=add)
+        assert error(found, expected) < 1e-5
+    in_place = sums.view(torch.float32)
+    expected = torch.empty(7, width)
+    TORCH.from_integers(expected, sums, scales, block, factors)
+    native.from_integers(in_place, sums, scales, block, factors)
+    assert error(in_place, expected) < 1e-5
+
+
+@pytest.mark.parametrize("operations", ["native", "torch"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden(operations: str, bad: float) -> None:
+    do = operations_for(torch.float32, CPU) if operations == "native" else TORCH
+    x = numbers(3, 96)
+    x[1, 40] = bad
+    _, scales = do.to_integers(x, 32)
+    assert scales.isnan().tolist() == [False, True, False]
+    assert not do.to_integers(torch.zeros(2, 96), 32)[0].any()
+
+
+@pytest.mark.parametrize("sizes", [(64, 48), (960, 576), (33, 100), (16, 7)])
+def test_products_are_those_of_the_numbers_that_integers_stand_for(sizes: tuple[int, int]) -> None:
+    outputs, inputs = sizes
+    weight, x, dy = numbers(outputs, inputs), hidden_states(9, inputs, seed=1), numbers(9, outputs, seed=2)
+    held, block = IntegerWeight.of(weight), inputs & -inputs
+    whole = held.whole(torch.float32)
+    assert held.shape == (outputs, inputs)
+    assert held.bytes == outputs * inputs + 4 * outputs
+    as_held = turned(whole_of(*TORCH.to_integers(x, block)), block)
+    assert error(held.times(x), as_held @ whole.T) < 1e-3  # a rounding that falls the other way is one step of 127
+    dy_as_held = whole_of(*TORCH.to_integers(dy, times_I=held.scales_O)) / held.scales_O
+    assert error(held.times_back(dy), dy_as_held @ whole) < 1e-3
+
+    onto, into = numbers(9, outputs, seed=3), torch.empty(9, outputs)
+    expected = onto + held.times(x)
+    assert torch.allclose(held.times(x, onto), expected, rtol=1e-5, atol=1e-4)
+    held.times_into(into, x)
+    assert torch.equal(into, held.times(x))
+    back = numbers(9, inputs, seed=4)
+    expected = back + held.times_back(dy)
+    assert torch.allclose(held.times_back(dy, back), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_products_are_near_the_exact_ones_whatever_stands_out() -> None:
+    weight, x, dy = numbers(960, 576), hidden_states(40, 576, seed=1), numbers(40, 960, seed=2)
+    held = IntegerWeight.of(weight)
+    assert error(held.whole(torch.float32), weight) < 0.01
+    assert error(held.times(x), x @ weight.T) < 0.025
+    assert error(held.times_back(dy), dy @ weight) < 0.02
+    without_turning = whole_of(*TORCH.to_integers(x)) @ weight.T  # the weight is exact, even
+    assert error(held.times(x), x @ weight.T) < error(without_turning, x @ weight.T) / 2
+
+
+def test_a_gradient_of_thousands_of_small_numbers_is_kept_by_fine_integers() -> None:
+    weight, dy = numbers(4096, 64), torch.full((3, 4096), 1e-4)
+    dy[:, 7] = 1.0
+    exact = dy @ weight
+    assert error(IntegerWeight.of(weight, fine=True).times_back(dy), exact) < 0.01
+    dy[:, 7] = 0.0  # what the small ones alone give
+    small, held = dy @ weight, IntegerWeight.of(weight)
+    dy[:, 7] = 1.0
+    assert error(held.times_back(dy) - weight[7], small) > 0.5
+
+
+def tiny(kind: Any = AutoModelForCausalLM, family: str = "llama", **more: Any) -> Any:
+    torch.manual_seed(7)
+    sizes = {"vocab_size": 120, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 6}
+    attention = {}
+    if kind is AutoModelForCausalLM:
+        heads |= {"num_key_value_heads": 2, "head_dim": 16}
+        attention = {"attn_implementation": ATTENTION_NAME}
+    config = AutoConfig.for_model(family, **sizes, **heads, **more)
+    return kind.from_config(config, **attention).eval().requires_grad_(False)
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(8)
+    found = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    for name, parameter in found.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return found
+
+
+def texts() -> list[TokenizedExample]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(1, 120, (length,), generator=generator).tolist() for length in (30, 17, 41)]
+    return [TokenizedExample(str(i), some, [False] * 5 + [True] * (len(some) - 5)) for i, some in enumerate(tokens)]
+
+
+def loss_and_gradients(model: RowModel) -> tuple[float, torch.Tensor]:
+    (row,) = pack(texts(), 0, 128)
+    loss = -model.targets(row).logprobs_M.mean()
+    loss.backward()
+    trained = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_fused_decoder_multiplies_as_the_layers_themselves_do(family: str, recompute: bool) -> None:
+    def made(*, fused: bool, recompute: bool = False) -> tuple[float, torch.Tensor]:
+        model = tiny(family=family)
+        hold(model, INTEGERS)
+        return loss_and_gradients(RowModel(adapted(model), fused=fused, recompute=recompute, integers=True))
+
+    loss, gradients = made(fused=True, recompute=recompute)
+    expected_loss, expected = made(fused=False)
+    assert loss == pytest.approx(expected_loss, rel=1e-3)
+    assert error(gradients, expected) < 0.02  # inputs that differ in the last digit can be rounded to other integers
+    exact_loss, exact = loss_and_gradients(RowModel(adapted(tiny(family=family))))
+    assert loss == pytest.approx(exact_loss, rel=0.01)
+    assert torch.nn.functional.cosine_similarity(gradients, exact, dim=0) > 0.99
+
+
+def test_layers_of_one_input_share_their_integers() -> None:
+    model = tiny()
+    hold(model, INTEGERS)
+    RowModel(adapted(model), integers=True)
+    attention = model.model.layers[0].self_attn
+    held = [layer.base_layer.held for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert all(isinstance(weight, IntegerWeight) for weight in held)
+    assert len({weight.codes_OI.untyped_storage().data_ptr() for weight in held}) == 1
+
+
+def test_an_encoder_learns_over_integers() -> None:
+    model = tiny(AutoModelForSequenceClassification, "bert", num_labels=3)
+    exact = adapted(tiny(AutoModelForSequenceClassification, "bert", num_labels=3))
+    hold(model, INTEGERS)
+    assert type(model.bert.encoder.layer[0].output.dense) is QuantisedLinear
+    assert type(model.classifier) is torch.nn.Linear
+    tokens = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(1))
+    logits, expected = adapted(model)(input_ids=tokens).logits, exact(input_ids=tokens).logits
+    assert error(logits, expected) < 0.05
+    logits.sum().backward()
+
+
+def test_a_head_in_integers_gives_nearly_the_same_probabilities_and_gradients() -> None:
+    torch.manual_seed(4)
+    linear = torch.nn.Linear(96, 2000, bias=True).requires_grad_(False)
+    linear.weight += 3 * torch.randn(96)  # as embeddings are, which have much in common
+    hidden, targets = numbers(40, 96), torch.randint(0, 2000, (40,))
+
+    def made(head: Head, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+        given = hidden.clone().requires_grad_()
+        logprobs = target_logprobs(given, head, targets, smoothing).logprobs_M
+        logprobs.sum().backward()
+        assert given.grad is not None
+        return logprobs.detach(), given.grad
+
+    for scale, smoothing in ((1.0, 0.0), (0.5, 0.0), (1.0, 0.1)):
+        exact, exact_gradient = made(Head(linear, scale), smoothing)
+        found, gradient = made(Head(linear, scale).in_integers(), smoothing)
+        assert error(found, exact) < 0.01
+        assert error(gradient, exact_gradient) < 0.02
+
+
+def test_a_head_that_is_trained_or_bends_its_logits_stays_as_it_is() -> None:
+    linear = torch.nn.Linear(16, 30)
+    assert Head(linear).in_integers().held is None
+    linear.requires_grad_(False)
+    assert Head(linear, cap=30.0).in_integers().held is None
+    assert isinstance(Head(linear).in_integers().held, IntegerWeight)
