@@ -11,7 +11,7 @@ import pytest
 
 from luthier.errors import InputError
 from luthier.templates.renderer import TokenizedExample
-from luthier.templates.spool import SpooledExamples
+from luthier.templates.spool import Joined, SpooledExamples
 
 
 def examples(count: int, length: int = 5) -> Iterator[TokenizedExample]:
@@ -29,6 +29,17 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert spooled[-1] == written[-1]
     assert spooled[3:9] == written[3:9]
     assert len(SpooledExamples(tmp_path)) == 50
+
+
+def test_sequences_that_are_joined_are_read_as_one(tmp_path: Path) -> None:
+    written = list(examples(12))
+    joined = Joined(SpooledExamples.write(tmp_path, written[:5]), [], written[5:11], written[11:], [])
+    assert list(joined) == written
+    assert [joined[place] for place in range(12)] == written
+    assert joined[-2] == written[-2]
+    assert joined[3:9] == written[3:9]
+    with pytest.raises(IndexError):
+        joined[12]
 
 
 def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:

@@ -160,13 +160,35 @@ def test_kto_estimates_its_drift_with_answers_to_other_prompts(tiny_base: Path, 
     other = replace(example(1, 4, 60), example_id="1b")
     objective = Kto(RowModel(load_base(tiny_base, "float32")), KtoOptions(), WIDE)
     objective.prepare([first, first, second, other, other, third, third], tmp_path, "one", nothing)
-    answers = {name: unit.tokens[-4:] for name, unit in objective._others.items()}
+    answers = {unit.example_id: other_answer(objective, unit) for unit in (first, second, other, third)}
     assert answers == {
         first.example_id: third.tokens[-4:],
         second.example_id: first.tokens[-4:],
         other.example_id: first.tokens[-4:],
         third.example_id: other.tokens[-4:],
     }
+
+
+def other_answer(objective: Kto, unit: TokenizedExample) -> list[int]:
+    return objective._others[unit.example_id].tokens[-4:]
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 12])
+def test_kto_takes_the_nearest_other_prompt_before_or_else_the_last(
+    tiny_base: Path, tmp_path: Path, prompts: int
+) -> None:
+    chosen = torch.randint(0, prompts, (24,), generator=torch.Generator().manual_seed(prompts)).tolist()
+    units = [
+        TokenizedExample(str(index), [1, 20 + prompt, *tokens(4, index)], [False, False, *[True] * 4])
+        for index, prompt in enumerate(chosen)
+    ]
+    objective = Kto(RowModel(load_base(tiny_base, "float32")), KtoOptions(), WIDE)
+    objective.prepare(units, tmp_path, "one", nothing)
+    for index, unit in enumerate(units):
+        before = [*units[:index][::-1], *units[index:][::-1]]
+        # Where nothing else is asked, the answer is the neighbour's.
+        nearest = next((one for one in before if one.tokens[1] != unit.tokens[1]), units[index - 1])
+        assert other_answer(objective, unit) == nearest.tokens[-4:]
 
 
 # Labels and numbers

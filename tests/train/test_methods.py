@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,10 +264,58 @@ def test_a_kill_while_the_reference_is_computed_loses_seconds(
     def note(note: Note) -> None:
         if isinstance(note, PreparationNote):
             with safe_open(job.folder / "reference.safetensors", "pt") as file:
-                kept.append(int(file.metadata()["groups"]) / 40 / note.share)
+                kept.append(int(file.metadata()["units"]) / 40 / note.share)
 
     train(job, lambda metrics: None, lambda: None, note)
     assert kept == [pytest.approx(1.0)] * 3
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_reference_in_an_older_order_is_computed_again(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    job = make_job(tiny_base, tmp_path, **METHODS[method] | {"epochs": 0.25})
+    run(job)
+    path, right = job.folder / "reference.safetensors", reference(job)
+    with safe_open(path, "pt") as file:
+        known = file.metadata()["fingerprint"]
+    save_file({"logprobs": right.flatten() - 1}, path, {"fingerprint": known, "groups": str(len(right))})
+    run(job)
+    assert torch.equal(reference(job), right)
+
+
+class Fresh(Sequence[Any]):
+    """Units that nobody holds: each is made when it is read. Twice in a pass, those that are there are counted."""
+
+    def __init__(self, count: int, method: str) -> None:
+        self._count, self._method = count, method
+        self._before, self.most = alive(), 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        place = range(self._count)[index]
+        if place % 111 == 15:
+            self.most = max(self.most, alive() - self._before)
+        return unit(place, self._method)
+
+
+def alive() -> int:
+    return sum(type(one) is TokenizedExample for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_reference_is_asked_without_holding_all_units(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    job = make_job(tiny_base, tmp_path, **METHODS[method] | {"epochs": 0.25})
+    fresh = Fresh(200, method)
+    shares: list[float] = []
+
+    def note(note: Note) -> None:
+        if isinstance(note, PreparationNote):
+            shares.append(note.share)
+
+    train(replace(job, examples=fresh, validation=()), lambda metrics: None, lambda: None, note)
+    assert len(shares) == 13  # 16 of 200 units at a time
+    assert 16 < fresh.most < 40
 
 
 # Going on from an adapter
@@ -394,6 +444,26 @@ def test_units_on_disk_give_the_numbers_of_those_in_memory(
     (held, _, _), (read, _, _) = run(job), run(spooled, stop_at=5)
     read += run(spooled)[0]  # goes on from disk, too
     assert [told(one) for one in read] == [told(one) for one in held]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_units_that_are_there_several_times_have_one_reference(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    """As resampling repeats them; also on disk, and after a stop within the reference."""
+    job = make_job(tiny_base, tmp_path / "held", **METHODS[method] | {"epochs": 1})
+    job = replace(job, examples=[one for one in job.examples for _ in range(1 + int(one.example_id) % 3)])
+    kind: Any = SpooledPairs if method == "dpo" else SpooledExamples
+    spooled = replace(job, examples=kind.write(tmp_path / "units", job.examples), folder=tmp_path / "spooled")
+
+    def stop() -> None:
+        raise RunStopped("asked to")
+
+    with pytest.raises(RunStopped):
+        train(spooled, lambda metrics: None, stop)
+    (held, _, _), (read, _, _) = run(job), run(spooled)
+    assert [told(one) for one in read] == [told(one) for one in held]
+    assert torch.equal(reference(spooled), reference(job))
+    # Before its first step a model is as likely as its reference to say anything.
+    assert held[0].train_metrics["reward_margin" if method == "dpo" else "drift"] == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora"])

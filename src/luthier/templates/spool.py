@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -23,12 +25,12 @@ T = TypeVar("T")
 TOKENS, MASK, IDS, INDEX = "tokens.u32", "mask.u8", "ids.txt", "index.npz"
 
 
-class Spooled(Sequence[T]):
-    """Units on disk, each read when it is asked for."""
+class Lazy(Sequence[T]):
+    """A sequence that holds nothing: each item is read when it is asked for."""
 
     @abstractmethod
     def read(self, place: int) -> T:
-        """Return the unit at a place from the beginning."""
+        """Return the item at a place from the beginning."""
 
     def __iter__(self) -> Iterator[T]:
         return map(self.read, range(len(self)))
@@ -42,6 +44,29 @@ class Spooled(Sequence[T]):
     def __getitem__(self, index: Any) -> Any:
         places = range(len(self))[index]
         return list(map(self.read, places)) if isinstance(places, range) else self.read(places)
+
+
+class Joined(Lazy[T]):
+    """Sequences one behind the other, wherever their items lie."""
+
+    def __init__(self, *parts: Sequence[T]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __iter__(self) -> Iterator[T]:
+        return chain.from_iterable(self._parts)
+
+    def read(self, place: int) -> T:
+        """See :meth:`Lazy.read`."""
+        part = bisect_right(self._ends, place)
+        return self._parts[part][place - self._ends[part]]  # counted from the part's end
+
+
+class Spooled(Lazy[T]):
+    """Units on disk."""
 
 
 class SpooledExamples(Spooled[TokenizedExample]):
@@ -84,7 +109,7 @@ class SpooledExamples(Spooled[TokenizedExample]):
         return len(self._ends)
 
     def read(self, place: int) -> TokenizedExample:
-        """See :meth:`Spooled.read`."""
+        """See :meth:`Lazy.read`."""
         span, id_span = _span(self._ends, place), _span(self._id_ends, place)
         label = float(self._labels[place])
         return TokenizedExample(
@@ -116,7 +141,7 @@ class SpooledPairs(Spooled[TokenizedPair]):
         return len(self._sides) // 2
 
     def read(self, place: int) -> TokenizedPair:
-        """See :meth:`Spooled.read`."""
+        """See :meth:`Lazy.read`."""
         chosen, rejected = self._sides[2 * place], self._sides[2 * place + 1]
         chosen, margin = replace(chosen, label=None), chosen.label or 0.0
         return TokenizedPair(chosen.example_id, chosen, rejected, chosen.weight, margin)

@@ -15,7 +15,6 @@ from luthier.templates.spool import Spooled
 from luthier.train.hyperparameters import Amount, resolve
 from luthier.train.memory import data_bytes, largest_base, least_need, main_memory_need, memory_need, ways_to_fit
 
-HELD_FOR_REFERENCE = ("dpo", "kto")  # wherever units lie, these read all of them into memory to ask for the reference
 USEFUL_SHARE = 0.4  # of the measured matrix rate that a whole training step reaches, where no step was measured
 SECONDS_TO_START = 8.0
 PADDED = Derived(
@@ -67,7 +66,7 @@ def plan_training(
             f"{len(units)} example is too few to learn from; at least 2 are needed, 20 are sensible.",
             hint="add examples to the dataset, or leave fewer out",
         )
-    sizes = _Sizes.of(material, held=config.method in HELD_FOR_REFERENCE)
+    sizes = _Sizes.of(material)
     thumbs = (_weight(units, liked=True), _weight(units, liked=False)) if config.method == "kto" else (0.0, 0.0)
     amount = Amount(len(units), sizes.loss_tokens, sizes.longest, *thumbs)
     resolved, steps, reasons = resolve(config, amount, shape, machine, start)
@@ -182,7 +181,7 @@ def rows_of(batch: Sequence[Unit], prefix: int, resolved: Resolved) -> list[Row]
 
 @dataclass(frozen=True)
 class _Sizes:
-    """How long units are: of the training side in all, the longest one of every side, and the bytes that hold them."""
+    """How long units are: of the training side in all, the longest one of every side, and the bytes of those held."""
 
     tokens: int
     loss_tokens: int
@@ -190,11 +189,11 @@ class _Sizes:
     held: int
 
     @classmethod
-    def of(cls, material: Material, *, held: bool) -> _Sizes:
-        """Add up what there is; ``held``: what lies on disk is held in memory all the same."""
+    def of(cls, material: Material) -> _Sizes:
+        """Add up what there is."""
         tokens = loss_tokens = longest = units = held_tokens = 0
         for side in (material.examples, material.validation, material.test):
-            in_memory = held or not isinstance(side, Spooled)
+            in_memory = not isinstance(side, Spooled)
             for unit in side:
                 mine = _tokens(unit)
                 longest = max(longest, _length(unit))

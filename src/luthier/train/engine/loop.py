@@ -12,9 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from luthier.errors import DivergedError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
+from luthier.templates.spool import Joined
 from luthier.train.engine.allocator import freed_memory_kept
 from luthier.train.engine.checkpoint import (
     best_folder,
@@ -359,8 +359,8 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else peak
 
 
-def _all_units(job: TrainingJob) -> Iterator[Unit]:
-    return chain(job.examples, job.validation, job.test)  # they may lie on disk: never all of them in a list
+def _all_units(job: TrainingJob) -> Sequence[Unit]:
+    return Joined(job.examples, job.validation, job.test)  # they may lie on disk: never all of them in a list
 
 
 def _fingerprint(job: TrainingJob) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.rows import Row, pack
 from luthier.records.objectives import KtoOptions
 from luthier.templates.renderer import TokenizedExample
+from luthier.train.engine.objectives.ids import IdIndex
 from luthier.train.engine.objectives.objective import OnProgress, Part, PartLoss, sum_by_owner, total_weight
-from luthier.train.engine.objectives.reference import load_or_compute, summed_logprobs
+from luthier.train.engine.objectives.reference import Answers, load_or_compute, summed_logprobs
 
 
 @dataclass
@@ -29,23 +33,17 @@ class Kto:
     model: RowModel
     options: KtoOptions
     tokens_per_row: int
-    _reference: dict[str, float] = field(default_factory=dict)
-    _other_reference: dict[str, float] = field(default_factory=dict)
-    _others: dict[str, TokenizedExample] = field(default_factory=dict)
+    _others: _Mismatched = field(default_factory=lambda: _Mismatched([]))
+    _reference_U2: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2))
 
     def prepare(
-        self, units: Iterable[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
+        self, units: Sequence[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
     ) -> None:
         """Ask the model, as it is before its first step, for every answer and every mismatched one."""
-        units = list({unit.example_id: unit for unit in units}.values())  # some may be there several times
-        others = [_with_answer_of(unit, other) for unit, other in zip(units, _mismatched(units), strict=True)]
-        examples = [*units, *others]
-        groups = [(index, len(units) + index) for index in range(len(units))]
-        found = load_or_compute(self.model, examples, groups, self.tokens_per_row, folder, fingerprint, on_progress)
-        for index, (unit, other) in enumerate(zip(units, others, strict=True)):
-            self._reference[unit.example_id] = float(found[index])
-            self._other_reference[unit.example_id] = float(found[len(units) + index])
-            self._others[unit.example_id] = other
+        self._others = others = _Mismatched(units)
+        self._reference_U2 = load_or_compute(
+            self.model, len(others.index), others.answers, self.tokens_per_row, folder, fingerprint, on_progress
+        )
 
     def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> list[Part]:
         """Return one part per row, after a pass without gradient over the mismatched answers."""
@@ -57,7 +55,7 @@ class Kto:
     def _part(self, members: list[TokenizedExample], row: Row, drift: float, total: float) -> PartLoss:
         sums_N = sum_by_owner(self.model.targets(row).logprobs_M, row.owners, len(members))
         device = sums_N.device
-        rewards_N = sums_N - torch.tensor([self._reference[unit.example_id] for unit in members], device=device)
+        rewards_N = sums_N - self._of(members)[:, 0].to(device)
         liked_N = torch.tensor([unit.label == 1.0 for unit in members], device=device)
         direction_N = torch.where(liked_N, 1.0, -1.0)
         losses_N = 1 - torch.sigmoid(self.options.beta * direction_N * (rewards_N - drift))
@@ -71,8 +69,34 @@ class Kto:
         others = [self._others[unit.example_id] for unit in units]
         groups = [(index,) for index in range(len(others))]
         now_N = summed_logprobs(self.model, others, groups, self.tokens_per_row)
-        before_N = torch.tensor([self._other_reference[unit.example_id] for unit in units])
-        return max(0.0, float((now_N - before_N).mean()))
+        return max(0.0, float((now_N - self._of(units)[:, 1]).mean()))
+
+    def _of(self, units: Sequence[TokenizedExample]) -> torch.Tensor:
+        """Return the reference of units, (N, 2): of their own answers and of the mismatched ones."""
+        return self._reference_U2[self._others.index.numbers([unit.example_id for unit in units])]
+
+
+class _Mismatched:
+    """Units with an answer that belongs to another prompt, made of two of them when it is asked for.
+
+    That answer is of the nearest unit before it (before the first: the last) that has another prompt. ``index`` tells
+    units apart: some may be there several times.
+    """
+
+    def __init__(self, units: Sequence[TokenizedExample]) -> None:
+        self._units = units
+        self.index = IdIndex(unit.example_id for unit in units)
+        places_U = self.index.places_U
+        prompts = (_prompt(units[place]) for place in chain(places_U[-1:], places_U))
+        self._other_places_U = places_U[_numbers_of_others(prompts)]
+
+    def __getitem__(self, example_id: str) -> TokenizedExample:
+        return self.answers(int(self.index.numbers([example_id])[0]))[1]
+
+    def answers(self, number: int) -> Answers:
+        """Return the unit of an id, by its number, with its own answer and with the other one."""
+        unit, other = (self._units[places_U[number]] for places_U in (self.index.places_U, self._other_places_U))
+        return unit, _with_answer_of(unit, other)
 
 
 def _sums(rewards_N: torch.Tensor, liked_N: torch.Tensor, drift: float) -> dict[str, tuple[float, float]]:
@@ -85,16 +109,16 @@ def _sums(rewards_N: torch.Tensor, liked_N: torch.Tensor, drift: float) -> dict[
     }
 
 
-def _mismatched(units: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Return for each unit the nearest one before it (before the first: the last) that has another prompt."""
-    prompts = [_prompt(unit) for unit in units]
-    # Neighbours may have one prompt: both answers to it, say. All of them are given the answer before the first.
-    changes = [index for index in range(len(units)) if prompts[index] != prompts[index - 1]]
-    found = [units[index - 1] for index in range(len(units))]
-    for first, end in zip(changes, [*changes[1:], len(units) + changes[0]] if changes else [], strict=True):
-        for index in range(first, end):
-            found[index % len(units)] = units[first - 1]
-    return found
+def _numbers_of_others(prompts: Iterable[list[int]]) -> np.ndarray[Any, Any]:
+    """Return for each unit the number of the one whose answer it gets, -1 for the last; ``prompts`` start with its own.
+
+    Neighbours may have one prompt: both answers to it, say. All of them are given the answer before the first.
+    """
+    changes_U = np.fromiter((before != prompt for before, prompt in pairwise(prompts)), np.bool_)
+    if not changes_U.any():
+        return np.arange(len(changes_U)) - 1
+    changes = np.flatnonzero(changes_U)
+    return changes[np.cumsum(changes_U) - 1] - 1  # before the first change: those behind the last one go on
 
 
 def _prompt(unit: TokenizedExample) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ class Labelled:
     tokens_per_row: int
 
     def prepare(
-        self, units: Iterable[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
+        self, units: Sequence[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
     ) -> None:
         """Nothing stays the same here."""
 

@@ -37,8 +37,11 @@ Part = Callable[[], PartLoss]
 class Objective(Protocol[U]):
     """One training method over a model that it was made with."""
 
-    def prepare(self, units: Iterable[U], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
-        """Compute what stays the same during training, once, before its first step; ``folder`` keeps it."""
+    def prepare(self, units: Sequence[U], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+        """Compute what stays the same during training, once, before its first step; ``folder`` keeps it.
+
+        ``units`` are all that there are, on every side; they may be more than memory holds.
+        """
 
     def losses(self, units: Sequence[U], *, training: bool) -> list[Part]:
         """Return the parts of a batch's loss."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from luthier.llm.engine.row_model import RowModel
 from luthier.llm.rows import Row, pack_groups
 from luthier.records.objectives import DpoOptions, OrpoOptions, RewardOptions
 from luthier.templates.renderer import TokenizedExample, TokenizedPair
+from luthier.train.engine.objectives.ids import IdIndex
 from luthier.train.engine.objectives.objective import OnProgress, Part, PartLoss, sum_by_owner, total_weight
-from luthier.train.engine.objectives.reference import load_or_compute
+from luthier.train.engine.objectives.reference import Answers, load_or_compute
 
 CERTAIN = 1e-7  # an answer whose tokens are likelier than exp of minus this has finite odds all the same
 
@@ -80,17 +81,19 @@ class Dpo:
     model: RowModel
     options: DpoOptions
     tokens_per_row: int
-    _reference: dict[str, float] = field(default_factory=dict)
+    _index: IdIndex = field(default_factory=IdIndex)
+    _reference_N2: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2))
 
-    def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+    def prepare(self, units: Sequence[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Ask the model, as it is before its first step, for every answer."""
-        units = list(units)
-        sides = both_sides(units)
-        groups = [(2 * index, 2 * index + 1) for index in range(len(units))]
-        found = load_or_compute(self.model, sides, groups, self.tokens_per_row, folder, fingerprint, on_progress)
-        for index, unit in enumerate(units):
-            self._reference[f"{unit.example_id}/chosen"] = float(found[2 * index])
-            self._reference[f"{unit.example_id}/rejected"] = float(found[2 * index + 1])
+
+        def answers(place: int) -> Answers:
+            unit = units[place]
+            return unit.chosen, unit.rejected
+
+        tokens = self.tokens_per_row
+        self._index = IdIndex(unit.example_id for unit in units)
+        self._reference_N2 = load_or_compute(self.model, len(units), answers, tokens, folder, fingerprint, on_progress)
 
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:
         """Return one part per row of pairs."""
@@ -99,8 +102,9 @@ class Dpo:
 
     def _part(self, units: Sequence[TokenizedPair], part: _PairRow, total: float) -> PartLoss:
         chosen_P, rejected_P = _summed(self.model, part.row)
-        chosen_P = chosen_P - self._of(units, part, "chosen", chosen_P.device)
-        rejected_P = rejected_P - self._of(units, part, "rejected", rejected_P.device)
+        places_P = self._index.places([units[index].example_id for index in part.pairs])
+        reference_P2 = self._reference_N2[places_P].to(chosen_P.device)
+        chosen_P, rejected_P = chosen_P - reference_P2[:, 0], rejected_P - reference_P2[:, 1]
         losses_P = self._losses(chosen_P, rejected_P, part.row)
         loss = (losses_P * _weights(units, part.pairs, losses_P.device)).sum() / total
         return PartLoss(loss, _reward_sums(self.options.beta * chosen_P, self.options.beta * rejected_P))
@@ -112,10 +116,6 @@ class Dpo:
             return (chosen_P / chosen_lengths_P - rejected_P / rejected_lengths_P - 1 / (2 * beta)).square()
         scaled_P = beta * (chosen_P - rejected_P)
         return -(1 - smoothing) * logsigmoid(scaled_P) - smoothing * logsigmoid(-scaled_P)
-
-    def _of(self, units: Sequence[TokenizedPair], part: _PairRow, side: str, device: torch.device) -> torch.Tensor:
-        values = [self._reference[f"{units[index].example_id}/{side}"] for index in part.pairs]
-        return torch.tensor(values, device=device)
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Orpo:
     options: OrpoOptions
     tokens_per_row: int
 
-    def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+    def prepare(self, units: Sequence[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
 
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:
@@ -189,7 +189,7 @@ class Reward:
     options: RewardOptions
     tokens_per_row: int
 
-    def prepare(self, units: Iterable[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
+    def prepare(self, units: Sequence[TokenizedPair], folder: Path, fingerprint: str, on_progress: OnProgress) -> None:
         """Nothing stays the same here."""
 
     def losses(self, units: Sequence[TokenizedPair], *, training: bool) -> list[Part]:

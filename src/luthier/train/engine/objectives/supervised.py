@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ class Supervised:
     tokens_per_row: int
 
     def prepare(
-        self, units: Iterable[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
+        self, units: Sequence[TokenizedExample], folder: Path, fingerprint: str, on_progress: OnProgress
     ) -> None:
         """Nothing stays the same here."""
 
