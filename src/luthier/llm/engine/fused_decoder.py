@@ -180,7 +180,8 @@ class _Layer:
         """Return the gradients of the layer's input and of ``parameters``."""
         dmiddle_ME, mlp_gradients = self._mlp_backward(doutput_ME, kept)
         attended_ME = place.pick(kept.attended_TE)
-        dattended_ME, out_gradients = self._out.backward(dmiddle_ME, attended_ME, kept.out_low_MR)
+        dattended_ME, dout_low_MR = self._out.backward(dmiddle_ME)
+        out_gradients = self._out.gradients(dmiddle_ME, attended_ME, kept.out_low_MR, dout_low_MR)
         assert dattended_ME is not None  # noqa: S101  asked for
         shape = (len(kept.hidden_TE), self._heads.query, self._width)
         attended = (place.spread(dattended_ME).view(shape), kept.attended_TE.view(shape), kept.log_sums_TH)
@@ -188,24 +189,25 @@ class _Layer:
         dqk_TCD = dqkv_TCD[:, : self._heads.query + self._heads.key]
         self._do.rotate(dqk_TCD, place.rope, back=True)
         head_gradients = self._norm_heads_backward(dqk_TCD, kept.raw_qk_TCD)
-        normed_TE = self._norm.forward(kept.hidden_TE)
+        dqkv_TX = dqkv_TCD.flatten(1)
         needed = input_needed or bool(self._norm.parameters)
-        dnormed_TE, qkv_gradients = self._qkv.backward(
-            dqkv_TCD.flatten(1), normed_TE, kept.qkv_low_TR, input_needed=needed
-        )
+        dnormed_TE, dqkv_low_TR = self._qkv.backward(dqkv_TX, input_needed=needed)
+        normed_TE = self._norm.forward(kept.hidden_TE)
+        qkv_gradients = self._qkv.gradients(dqkv_TX, normed_TE, kept.qkv_low_TR, dqkv_low_TR)
         dhidden_TE, norm_gradients = None, list[torch.Tensor]()
         if dnormed_TE is not None:
             dhidden_TE, norm_gradients = self._norm.backward(dnormed_TE, kept.hidden_TE, place.spread(dmiddle_ME))
         return dhidden_TE, [*norm_gradients, *qkv_gradients, *head_gradients, *out_gradients, *mlp_gradients]
 
     def _mlp_backward(self, doutput_ME: torch.Tensor, kept: _Kept) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        product_MF = self._do.gated(kept.gate_up_M2F)
-        dproduct_MF, down_gradients = self._down.backward(doutput_ME, product_MF, kept.down_low_MR)
-        assert dproduct_MF is not None  # noqa: S101  asked for
-        dgate_up_M2F = self._do.gated_backward(dproduct_MF, kept.gate_up_M2F)
-        normed_ME = self._middle_norm.forward(kept.middle_ME)
-        dnormed_ME, gradients = self._gate_up.backward(dgate_up_M2F, normed_ME, kept.gate_up_low_MR)
+        product_MF, ddown_low_MR = self._down.backward(doutput_ME)  # its gradient, as yet
+        assert product_MF is not None  # noqa: S101  asked for
+        dgate_up_M2F = self._do.gated_backward(product_MF, kept.gate_up_M2F)
+        down_gradients = self._down.gradients(doutput_ME, product_MF, kept.down_low_MR, ddown_low_MR)
+        dnormed_ME, dgate_up_low_MR = self._gate_up.backward(dgate_up_M2F)
         assert dnormed_ME is not None  # noqa: S101  asked for
+        normed_ME = self._middle_norm.forward(kept.middle_ME)
+        gradients = self._gate_up.gradients(dgate_up_M2F, normed_ME, kept.gate_up_low_MR, dgate_up_low_MR)
         dmiddle_ME, norm_gradients = self._middle_norm.backward(dnormed_ME, kept.middle_ME, doutput_ME)
         return dmiddle_ME, [*norm_gradients, *gradients, *down_gradients]
 

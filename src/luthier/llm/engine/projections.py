@@ -39,7 +39,7 @@ class _Part:
 
 
 class Projection:
-    """Linear layers over one input. ``parameters`` are those that are trained, in the order of :meth:`backward`."""
+    """Linear layers over one input. ``parameters`` are those that are trained, in the order of :meth:`gradients`."""
 
     def __init__(self, layers: Sequence[Any], operations: LayerOperations) -> None:
         self._do = operations
@@ -72,22 +72,27 @@ class Projection:
         return y_TO, low_TR
 
     def backward(
-        self, dy_TO: torch.Tensor, x_TI: torch.Tensor, low_TR: torch.Tensor | None, *, input_needed: bool = True
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Return the gradients of the input (None where it is not needed) and of ``parameters``."""
-        dx_TI, learned = None, list[tuple[torch.Tensor, torch.Tensor]]()
-        if low_TR is not None:
-            dx_TI, dlow_TR = self._do.adapt_backward(dy_TO, self._adapters)
-            if self._learns:
-                learned = self._do.adapter_gradients(dy_TO, x_TI, low_TR, dlow_TR, self._adapters)
+        self, dy_TO: torch.Tensor, *, input_needed: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients of the input (None where it is not needed) and of x A' (T, R), None without adapters."""
+        dx_TI, dlow_TR = self._do.adapt_backward(dy_TO, self._adapters) if self._adapters else (None, None)
+        return self._weight.times_back(dy_TO, dx_TI) if input_needed else None, dlow_TR
+
+    def gradients(
+        self, dy_TO: torch.Tensor, x_TI: torch.Tensor, low_TR: torch.Tensor | None, dlow_TR: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Return the gradients of ``parameters``, from those of the outputs and of x A'."""
+        learned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if low_TR is not None and dlow_TR is not None and self._learns:
+            learned = self._do.adapter_gradients(dy_TO, x_TI, low_TR, dlow_TR, self._adapters)
         of_adapters = iter(learned)
-        gradients: list[torch.Tensor] = []
+        found: list[torch.Tensor] = []
         for part in self._parts:
-            gradients += _linear_gradients(part.linear, dy_TO[:, part.outputs], x_TI)
+            found += _linear_gradients(part.linear, dy_TO[:, part.outputs], x_TI)
             if part.adapter is not None and self._learns:
                 own = next(of_adapters)
-                gradients += own if part.is_learning else ()
-        return self._weight.times_back(dy_TO, dx_TI) if input_needed else None, gradients
+                found += own if part.is_learning else ()
+        return found
 
     def _bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         if self._parts[0].linear.bias is None:
