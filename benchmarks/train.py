@@ -3,8 +3,9 @@
 On a GPU: `--workload llama-2048|llama-8192`, a Llama of 8 billion random parameters and full rows of so many tokens;
 TRL's best needs the package liger-kernel there. `--size tiny` tries the same way on any machine.
 
-Three sides train on the same tokens, loss masks, order, batches and hyperparameters: ours, TRL as it is by default,
-and TRL with the best of its options (`--tune` times them). Every measured run is a process of its own; the sides take
+Four sides train on the same tokens, loss masks, order, batches and hyperparameters: ours with the best of its options
+(precision=int8 where the processor multiplies integers far faster) and as it is by default, TRL with the best of its
+options (`--tune` times them) and as it is by default. Every measured run is a process of its own; the sides take
 turns; figures are medians over the repeats, each with its own seed for all sides.
 
 - tokens per second: each example's own tokens, as if nothing were shared or padded, by wall time of the optimizer
@@ -28,7 +29,7 @@ from typing import Any
 
 # Nothing heavy is imported here: a child's peak memory starts from that of its parent.
 HERE = Path(__file__).parent
-SIDES = ("ours", "trl_default", "trl_best")
+SIDES = ("ours", "ours_default", "trl_default", "trl_best")
 STEPS = {"A": 20, "B": 16, "C": 10, "dpo": 16, "llama-2048": 8, "llama-8192": 8}
 WARM_STEPS = 2
 FIGURES = (
@@ -50,7 +51,7 @@ def main() -> None:
         if options.tune:
             _tune(bench, options.only)
             return
-        sides = options.only or list(SIDES)
+        sides = options.only or [side for side in SIDES if side != "ours_default" or machine["has_fast_integers"]]
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for repeat in range(options.repeats):
             for side in sides:
@@ -175,12 +176,8 @@ def _result(
         "machine": machine,
         "settings": settings,
         **sides,
-        "ratios": {
-            "tokens_per_second_vs_default": _ratio(sides, "tokens_per_second", "trl_default"),
-            "tokens_per_second_vs_best": _ratio(sides, "tokens_per_second", "trl_best"),
-            "peak_memory_vs_best": _ratio(sides, "peak_memory_bytes", "trl_best"),
-            "validation_loss_vs_best": _ratio(sides, "valid_loss", "trl_best"),
-        },
+        "ratios": _ratios(sides, "ours"),
+        "ratios_by_default": _ratios(sides, "ours_default"),
     }
 
 
@@ -197,8 +194,16 @@ def _side(runs: list[dict[str, Any]], losses: dict[str, float]) -> dict[str, Any
     return side
 
 
-def _ratio(sides: dict[str, Any], name: str, other: str) -> float | None:
-    return sides["ours"][name] / sides[other][name] if sides["ours"] and sides[other] else None
+def _ratios(sides: dict[str, Any], ours: str) -> dict[str, float | None]:
+    def ratio(name: str, other: str) -> float | None:
+        return sides[ours][name] / sides[other][name] if sides[ours] and sides[other] else None
+
+    return {
+        "tokens_per_second_vs_default": ratio("tokens_per_second", "trl_default"),
+        "tokens_per_second_vs_best": ratio("tokens_per_second", "trl_best"),
+        "peak_memory_vs_best": ratio("peak_memory_bytes", "trl_best"),
+        "validation_loss_vs_best": ratio("valid_loss", "trl_best"),
+    }
 
 
 def _tune(bench: Bench, names: list[str] | None) -> None:
@@ -237,18 +242,25 @@ def _print(result: dict[str, Any], base_loss: float) -> None:
                 f"{side['examples_per_second']:10.2f} {side['seconds_per_step']:7.2f} "
                 f"{side['peak_memory_bytes'] / 1e9:6.2f} {side['valid_loss']:8.4f}"
             )
+    print(f"{'':30} {'ours':>10} {'by default':>10}")
     for name, ratio in result["ratios"].items():
-        if ratio is not None:
-            print(f"{name:30} {ratio:6.3f}")
-    if result["ours"] and "arithmetic" in result["ours"]:
-        parts = result["ours"]["arithmetic"]
+        both = (ratio, result["ratios_by_default"][name])
+        print(f"{name:30}", *("" if value is None else f"{value:10.3f}" for value in both))
+    for side in ("ours", "ours_default"):
+        _print_arithmetic(side, result[side])
+
+
+def _print_arithmetic(name: str, side: dict[str, Any] | None) -> None:
+    if side and "arithmetic" in side:
+        parts = side["arithmetic"]
         shares = ", ".join(
             f"{name} {parts[f'{name}_flop_per_computed_token'] / 1e6:,.1f}"
             for name in ("linear", "adapter", "attention", "vocabulary")
         )
         print(
-            f"ours: {result['ours']['computed_per_real_token']:.3f} computed tokens per real one; million operations "
-            f"per computed token: {shares}; {result['ours']['matmul_share']:.0%} of the machine's matrix rate"
+            f"{name}, in {side['options']['precision']}: {side['computed_per_real_token']:.3f} computed tokens per real "
+            f"one; million operations per computed token: {shares}; {side['matmul_share']:.0%} of the rate that the "
+            "machine has without integers"
         )
 
 

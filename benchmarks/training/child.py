@@ -24,11 +24,14 @@ def _prepare(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from luthier.llm.engine.torch_model import measure_machine
+    from training.ours import has_fast_integers
     from training.workloads import prepare
 
     prepare(spec["workload"], Path(spec["home"]), spec["steps"], spec["size"], Path(spec["prepared"]))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
-    return {**measure_machine().model_dump(mode="json"), "threads": torch.get_num_threads(), "versions": versions}
+    machine = measure_machine()
+    said = {"threads": torch.get_num_threads(), "versions": versions, "has_fast_integers": has_fast_integers(machine)}
+    return {**machine.model_dump(mode="json"), **said}
 
 
 def _train(spec: dict[str, Any]) -> dict[str, Any]:
@@ -37,10 +40,10 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     prepared = json.loads(Path(spec["prepared"]).read_text())
     folder = Path(spec["folder"])
-    if spec["side"] == "ours":
+    if spec["side"].startswith("ours"):
         from training.ours import run
 
-        result = run(prepared, spec["steps"], spec["seed"], folder)
+        result = run(prepared, spec["steps"], spec["seed"], folder, by_default=spec["side"] == "ours_default")
     else:
         from training import trl_side
 

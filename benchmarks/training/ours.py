@@ -9,9 +9,9 @@ from typing import Any
 
 from luthier.llm.engine.torch_model import measure_machine
 from luthier.llm.rows import Row
-from luthier.records.base_model import ModelShape
+from luthier.records.base_model import FAST_INT8, Machine, ModelShape
 from luthier.records.objectives import DpoOptions, Method
-from luthier.records.training import TrainingConfig, TrainingPlan
+from luthier.records.training import AUTO, TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
 from luthier.train.engine.loop import TrainingJob, best_adapter, train
 from luthier.train.engine.objectives.preference import Dpo
@@ -24,9 +24,14 @@ LEARNING_RATE, RANK, ALPHA, GRADIENT_NORM, BETA = 2e-4, 16, 32.0, 1.0, 0.1
 METHODS: dict[str, Method] = {"A": "supervised", "B": "supervised", "dpo": "dpo"}  # others are raw text
 
 
-def run(prepared: dict[str, Any], steps: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Train with Luthier for ``steps`` optimizer steps."""
-    plan = _plan(prepared, steps, seed)
+def has_fast_integers(machine: Machine) -> bool:
+    """Return whether our best option here is to multiply in integers."""
+    return (machine.int8_speed or 0.0) >= FAST_INT8
+
+
+def run(prepared: dict[str, Any], steps: int, seed: int, folder: Path, *, by_default: bool) -> dict[str, Any]:
+    """Train with Luthier for ``steps`` optimizer steps, by default or with the best of its options."""
+    plan = _plan(prepared, steps, seed, by_default=by_default)
     units = _units(prepared["train"])
     job = TrainingJob(plan, units, [], Path(prepared["base_folder"]), prepared["base_name"], folder)
     reference = _time_reference()
@@ -70,8 +75,8 @@ def _time_reference() -> list[float]:
     return seconds
 
 
-def _plan(prepared: dict[str, Any], steps: int, seed: int) -> TrainingPlan:
-    batch = prepared["batch"]
+def _plan(prepared: dict[str, Any], steps: int, seed: int, *, by_default: bool = True) -> TrainingPlan:
+    batch, machine = prepared["batch"], measure_machine()
     config = TrainingConfig(
         method=METHODS.get(prepared["workload"], "raw_text"),
         epochs=(steps * batch - 0.5) / len(prepared["train"]),  # half an example less, lest rounding add a step
@@ -86,9 +91,10 @@ def _plan(prepared: dict[str, Any], steps: int, seed: int) -> TrainingPlan:
         checkpoints=1,
         seed=seed,
         dpo=DpoOptions(beta=BETA),
+        precision=AUTO if by_default or not has_fast_integers(machine) else "int8",
     )
     material = Material(_units(prepared["train"]), [], RenderReport())
-    plan = plan_training(material, config, _shape(prepared), measure_machine())
+    plan = plan_training(material, config, _shape(prepared), machine)
     assert plan.steps == steps
     return plan
 
