@@ -258,9 +258,8 @@ def _print_arithmetic(name: str, side: dict[str, Any] | None) -> None:
             for name in ("linear", "adapter", "attention", "vocabulary")
         )
         print(
-            f"{name}, in {side['options']['precision']}: {side['computed_per_real_token']:.3f} computed tokens per real "
-            f"one; million operations per computed token: {shares}; {side['matmul_share']:.0%} of the rate that the "
-            "machine has without integers"
+            f"{name} ({side['options']['precision']}): {side['computed_per_real_token']:.3f} computed tokens per real "
+            f"one; million operations of each: {shares}; {side['matmul_share']:.0%} of the rate without integers"
         )
 
 

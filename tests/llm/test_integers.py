@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from luthier.llm.base_config import ROW_FAMILIES
 from luthier.llm.engine.gradual import Holding, hold
 from luthier.llm.engine.integers import IntegerWeight
 from luthier.llm.engine.layer_operations import FINER, LayerOperations, turned
@@ -20,6 +21,7 @@ from luthier.llm.engine.row_model import RowModel
 from luthier.llm.engine.target_logprobs import Head, target_logprobs
 from luthier.llm.rows import pack
 from luthier.templates.renderer import TokenizedExample
+from luthier.train.engine.samples import answer_samples
 
 CPU = torch.device("cpu")
 TORCH = LayerOperations()
@@ -157,13 +159,13 @@ def test_a_gradient_of_thousands_of_small_numbers_is_kept_by_fine_integers() -> 
 
 def tiny(kind: Any = AutoModelForCausalLM, family: str = "llama", **more: Any) -> Any:
     torch.manual_seed(7)
-    sizes = {"vocab_size": 120, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3}
+    sizes = {"vocab_size": 120, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "pad_token_id": 0}
     heads = {"num_attention_heads": 6}
     attention = {}
     if kind is AutoModelForCausalLM:
         heads |= {"num_key_value_heads": 2, "head_dim": 16}
-        attention = {"attn_implementation": ATTENTION_NAME}
-    config = AutoConfig.for_model(family, **sizes, **heads, **more)
+        attention = {"attn_implementation": ATTENTION_NAME} if family in ROW_FAMILIES else {}
+    config = AutoConfig.for_model(family, **(sizes | heads | more))
     return kind.from_config(config, **attention).eval().requires_grad_(False)
 
 
@@ -205,6 +207,56 @@ def test_a_fused_decoder_multiplies_as_the_layers_themselves_do(family: str, rec
     exact_loss, exact = loss_and_gradients(RowModel(adapted(tiny(family=family))))
     assert loss == pytest.approx(exact_loss, rel=0.01)
     assert torch.nn.functional.cosine_similarity(gradients, exact, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96), (1, 96), (2, 3, 96)])
+@pytest.mark.parametrize("holding", [INTEGERS, Holding(torch.float32, 8)], ids=["integers", "8 bits"])
+def test_a_layer_takes_any_number_of_tokens(holding: Holding, shape: tuple[int, ...]) -> None:
+    weight = numbers(40, 96)
+    layer = QuantisedLinear(holding.held(weight), torch.float32, torch.nn.Parameter(numbers(40)))
+    x = numbers(*shape).requires_grad_()
+    found = layer(x)
+    assert found.shape == (*shape[:-1], 40)
+    found.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+    assert torch.allclose(found, torch.nn.functional.linear(x, weight, layer.bias), atol=0.5)
+
+
+@pytest.mark.parametrize("family", ["opt", "stablelm", "gemma"])
+def test_families_that_do_not_run_fused_are_asked_over_integers_too(family: str) -> None:
+    more: dict[str, Any] = {"ffn_dim": 160, "word_embed_proj_dim": 96} if family == "opt" else {}
+    found, exact = tiny(family=family, **more), tiny(family=family, **more)
+    for model in (found, exact):
+        for parameter in model.parameters():
+            parameter.data *= 3.0  # so that logits are far enough from each other for rounding to be seen
+    hold(found, INTEGERS)
+    loss, gradients = loss_and_gradients(RowModel(adapted(found), integers=True))
+    expected_loss, expected = loss_and_gradients(RowModel(adapted(exact)))
+    assert loss == pytest.approx(expected_loss, rel=0.05)
+    assert torch.nn.functional.cosine_similarity(gradients, expected, dim=0) > 0.9
+
+
+def test_biases_and_vocabularies_of_any_size_are_taken() -> None:
+    found, exact = (tiny(family="qwen2", vocab_size=131) for _ in range(2))
+    for model in (found, exact):
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.q_proj.bias.data = numbers(96, seed=index)
+    hold(found, INTEGERS)
+    loss, gradients = loss_and_gradients(RowModel(adapted(found), integers=True))
+    expected_loss, expected = loss_and_gradients(RowModel(adapted(exact)))
+    assert loss == pytest.approx(expected_loss, rel=0.01)
+    assert torch.nn.functional.cosine_similarity(gradients, expected, dim=0) > 0.99
+
+
+def test_sample_answers_are_written_over_integers() -> None:
+    model = tiny()
+    hold(model, INTEGERS)
+    prompts = [[5, 6, 7], [8, 9], [10]]
+    answers = answer_samples(RowModel(adapted(model), integers=True), prompts, frozenset({2}), 4)
+    exact = answer_samples(RowModel(adapted(tiny())), prompts, frozenset({2}), 1)
+    assert all(1 <= len(answer) <= 4 for answer in answers)
+    assert [answer[:1] for answer in answers] == exact
 
 
 def test_layers_of_one_input_share_their_integers() -> None:

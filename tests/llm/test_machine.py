@@ -14,9 +14,11 @@ from luthier.llm.engine import torch_model
 def _measure_again() -> Iterator[None]:
     torch_model._bfloat16_speed.cache_clear()
     torch_model._int8_speed.cache_clear()
+    torch_model.has_exact_integers.cache_clear()
     yield
     torch_model._bfloat16_speed.cache_clear()
     torch_model._int8_speed.cache_clear()
+    torch_model.has_exact_integers.cache_clear()
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, flags: str, float32: float, bfloat16: float) -> None:

@@ -25,6 +25,10 @@ def layer(outputs: int = 48, inputs: int = 80, *, bias: bool = True) -> torch.nn
     return torch.nn.Linear(inputs, outputs, bias=bias)
 
 
+def in_few_bits(linear: torch.nn.Linear, bits: Bits) -> QuantisedLinear:
+    return QuantisedLinear(quantise(linear.weight, bits), linear.weight.dtype, linear.bias)
+
+
 def test_nf4_is_made_of_quantiles_of_the_normal_distribution() -> None:
     # As the QLoRA authors do it: 9 quantiles from probability 1/2 up to the mean of 1 - 1/30 and 1 - 1/32, 8 below.
     edge = 1 - (1 / 30 + 1 / 32) / 2
@@ -87,7 +91,7 @@ def test_blocks_of_zeros_stay_zero(bits: Bits) -> None:
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 5), (7, 63), (5, 65), (64, 64)])
 def test_no_size_is_odd(bits: Bits, outputs: int, inputs: int) -> None:
     linear = layer(outputs, inputs)
-    whole = QuantisedLinear.from_linear(linear, bits)
+    whole = in_few_bits(linear, bits)
     assert whole.weight.shape == (outputs, inputs)
     assert whole(torch.randn(2, 3, inputs)).shape == (2, 3, outputs)
     assert torch.allclose(whole.weight, linear.weight, atol=0.2 * float(linear.weight.detach().abs().max()))
@@ -96,7 +100,7 @@ def test_no_size_is_odd(bits: Bits, outputs: int, inputs: int) -> None:
 @BITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_weight_is_given_in_its_own_number_type(bits: Bits, dtype: torch.dtype) -> None:
-    quantised = QuantisedLinear.from_linear(layer().to(dtype), bits)
+    quantised = in_few_bits(layer().to(dtype), bits)
     assert quantised.weight.dtype == dtype
     assert torch.equal(quantised.weight, quantised.held.whole(torch.float32).to(dtype))
 
@@ -104,7 +108,7 @@ def test_a_weight_is_given_in_its_own_number_type(bits: Bits, dtype: torch.dtype
 @BITS
 @pytest.mark.parametrize("bias", [True, False])
 def test_outputs_and_gradients_are_those_of_the_dequantised_layer(bits: Bits, bias: bool) -> None:
-    quantised = QuantisedLinear.from_linear(layer(bias=bias), bits)
+    quantised = in_few_bits(layer(bias=bias), bits)
     plain = layer(bias=bias)
     plain.weight.data = quantised.weight
     x = torch.randn(2, 6, 80)
@@ -129,7 +133,7 @@ def test_no_whole_weight_is_kept_for_backward(bits: Bits) -> None:
         kept.append(tensor)
         return tensor
 
-    quantised = QuantisedLinear.from_linear(layer(bias=False), bits)
+    quantised = in_few_bits(layer(bias=False), bits)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         quantised(torch.randn(4, 80, requires_grad=True))
     assert kept == []
@@ -137,7 +141,7 @@ def test_no_whole_weight_is_kept_for_backward(bits: Bits) -> None:
 
 @BITS
 def test_products_run_in_the_number_type_of_autocast(bits: Bits) -> None:
-    quantised = QuantisedLinear.from_linear(layer(), bits)
+    quantised = in_few_bits(layer(), bits)
     x = torch.randn(4, 80, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = quantised(x)
@@ -149,7 +153,7 @@ def test_products_run_in_the_number_type_of_autocast(bits: Bits) -> None:
 
 @BITS
 def test_a_change_of_number_type_leaves_the_codes_and_scales(bits: Bits) -> None:
-    quantised = QuantisedLinear.from_linear(layer(), bits)
+    quantised = in_few_bits(layer(), bits)
     before = quantised.held.whole(torch.float32)
     quantised.to(torch.bfloat16)
     assert quantised.weight.dtype == torch.bfloat16

@@ -23,6 +23,7 @@ from transformers import (
 
 from luthier.errors import InputError
 from luthier.llm.base_bits import read_base_bits
+from luthier.llm.base_config import read_adapter
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.merging import save_merged, save_whole
 from luthier.llm.engine.row_model import RowModel
@@ -30,6 +31,7 @@ from luthier.llm.engine.torch_model import load_with_adapter
 from luthier.llm.rows import pack
 from luthier.records.objectives import product
 from luthier.templates.renderer import TokenizedExample
+from luthier.train.engine import trainable
 from luthier.train.engine.checkpoint import BEST, save_best
 from luthier.train.engine.loop import TrainingJob, best_adapter
 from luthier.train.engine.trainable import load_trainable
@@ -108,6 +110,36 @@ def test_products_in_integers_teach_what_exact_ones_do(tiny_base: Path, tmp_path
         losses.append(plain_loss(model, units(8, "supervised", first=40)))
         assert losses[-1] == pytest.approx(result.best_valid_loss, rel=0.2, abs=0.02)
     assert losses[1] == pytest.approx(losses[0], rel=0.2, abs=0.02)
+
+
+def test_a_base_without_linear_layers_is_not_multiplied_in_integers(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=120, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    job = make_job(tmp_path / "base", tmp_path, precision="int8")
+    with pytest.raises(InputError, match="no linear layers to hold in few bits") as refused:
+        trained_model(job)
+    assert refused.value.hint == "precision=auto"
+
+
+def test_a_run_in_integers_does_not_go_on_where_they_are_not_exact(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tiny_base, tmp_path, precision="int8")
+    monkeypatch.setattr(trainable, "has_exact_integers", lambda here: False)
+    with pytest.raises(InputError, match="precision=int8 is for processors"):
+        trained_model(job)
+
+
+def test_an_adapter_over_few_bits_keeps_them_where_training_goes_on_in_integers(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    first = make_job(tiny_base, tmp_path / "first", epochs=1, **MODES["qlora-8"])
+    run(first)
+    shape = read_adapter(best_adapter(first))
+    again = make_job(tiny_base, tmp_path / "again", epochs=1, precision="int8", lora_rank=shape.rank)
+    again = replace(again, start_adapter=best_adapter(first))
+    run(again)
+    assert read_base_bits(best_adapter(again)) == 8
 
 
 @pytest.mark.parametrize("mode", MODES)

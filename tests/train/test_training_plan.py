@@ -105,11 +105,15 @@ def test_a_precision_that_was_timed_says_what_was_seen() -> None:
 def test_integers_are_told_of_where_they_are_fast_and_refused_where_they_are_not_exact() -> None:
     fast = MACHINE.model_copy(update={"has_fast_bfloat16": False, "int8_speed": 3.9})
     said = {value.name: value.reason for value in make_plan(50, fast).reasons}["precision"]
-    assert "int8 would multiply the frozen base 3.9 times as fast as float32" in said
+    assert "precision=int8 would multiply the frozen base 3.9 times as fast" in said
     plan = make_plan(50, fast, precision="int8")
+    said = {value.name: value.reason for value in plan.reasons}["precision"]
+    assert "given; it multiplies the frozen base 3.9 times as fast as float32" in said
+    narrow = MACHINE.model_copy(update={"bfloat16_speed": 3.0, "int8_speed": 3.9})  # not worth its rounding there
+    assert not any("int8" in value.reason for value in make_plan(50, narrow).reasons)
     assert plan.resolved.precision == "int8"
     assert plan.memory_bytes < make_plan(50, fast).memory_bytes
-    with pytest.raises(InputError, match=r"precision=int8: .* does not multiply 8-bit integers exactly"):
+    with pytest.raises(InputError, match=r"precision=int8 is for processors that add .* exactly; .* \(cpu\) does not"):
         make_plan(50, precision="int8")
 
 

@@ -25,6 +25,7 @@ from luthier.records.training import (
 )
 
 T = TypeVar("T")
+NO_INTEGERS = "precision=int8 is for processors that add products of 8-bit integers exactly; {where} does not."
 
 
 @dataclass(frozen=True)
@@ -267,15 +268,20 @@ def _tokens_per_row(config: TrainingConfig, longest: int, machine: Machine, reas
 def _precision(config: TrainingConfig, machine: Machine, reasons: Reasons) -> Precision:
     value: Precision = "bfloat16" if machine.has_fast_bfloat16 else "float32"
     name = machine.device_name or machine.device
-    if config.precision == "int8" and machine.int8_speed is None:
-        raise InputError(f"precision=int8: {name} does not multiply 8-bit integers exactly.", hint="precision=auto")
     if machine.bfloat16_speed:
         measured = f"{name} multiplies bfloat16 at {machine.bfloat16_speed:.2f} times float32's rate"
         reason = f"{measured} (it is taken from {FAST_BFLOAT16} on, for half of the memory)"
     else:
         reason = f"{name} {'has' if machine.has_fast_bfloat16 else 'lacks'} fast bfloat16 products"
     reason += "; what is trained, the loss and the optimizer stay float32"
-    if (machine.int8_speed or 0.0) >= FAST_INT8 and config.mode in INTEGER_MODES:
-        said = "multiplies the frozen base" if config.precision == "int8" else "would multiply the frozen base"
-        reason += f"; int8 {said} {machine.int8_speed:.1f} times as fast as float32, to about 1 % of each product"
+    rival = (machine.bfloat16_speed or 1.0) if value == "bfloat16" else 1.0
+    speed = (machine.int8_speed or 0.0) / rival
+    rounded = f"the frozen base {speed:.1f} times as fast as {value}, each product to 1 to 5 %"
+    if config.precision == "int8":
+        if machine.int8_speed is None:
+            raise InputError(NO_INTEGERS.format(where=f"{name} ({machine.device})"), hint="precision=auto")
+        reasons.note("precision", "int8", f"given; it multiplies {rounded}")
+        return "int8"
+    if speed >= FAST_INT8 and config.mode in INTEGER_MODES:
+        reason += f"; precision=int8 would multiply {rounded}"
     return reasons.pick("precision", config.precision, value, reason)

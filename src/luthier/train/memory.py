@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from luthier.records.base_model import ModelShape
+from luthier.records.objectives import product
 from luthier.records.training import Resolved, TrainingPlan
 
 PROCESS_BYTES = 900e6  # the interpreter with torch and transformers loaded, no model
@@ -107,7 +108,8 @@ def _weights(resolved: Resolved, shape: ModelShape, number: int) -> float:
         # Weights with what is added to them, for the norms of their rows: measured to stay with layers recomputed, too.
         held += linear * (number + DORA_BYTES)
     if resolved.precision == "int8":
-        return held + linear
+        head = shape.vocabulary * shape.width if product(resolved.method) == "generator" else 0
+        return held + linear + head  # the embeddings of a head stay whole beside it
     if resolved.mode != "qlora":
         return held + linear * number
     # Gate and up are made whole together where they are multiplied, by way of float32.
@@ -184,11 +186,13 @@ def _changes(resolved: Resolved) -> Iterator[Change]:
         yield changed("set optimizer=adamw_8bit", optimizer="adamw_8bit")
     if not resolved.has_adapter:
         yield changed("use mode=lora", mode="lora")
-    if resolved.precision == "float32":
+    if resolved.precision != "bfloat16":
         yield changed("set precision=bfloat16", precision="bfloat16")
     if resolved.mode != "qlora":
-        also = " and precision=auto" if resolved.precision == "int8" else ""
-        yield changed(f"use mode=qlora{also}", mode="qlora", base_bits=4, precision=resolved.numbers)
+        if resolved.precision == "int8":
+            yield changed("use mode=qlora and precision=float32", mode="qlora", base_bits=4, precision="float32")
+        else:
+            yield changed("use mode=qlora", mode="qlora", base_bits=4)
 
 
 def _shorter(plan: TrainingPlan, tokens: int) -> str:

@@ -2,7 +2,8 @@
 
 A weight W (O, I) is held as integers C with one scale s for each output, so that W = diag(s) C H with the orthogonal
 Walsh-Hadamard matrix H of blocks of its inputs. An input becomes integers with one scale for each row, turned by H
-first, and a product is made in int32, exactly: x W' = (x H) C' diag(s). The way back uses the same integers:
+first, and a product is made in int32, exactly (sums of 133,000 products of the largest numbers fit):
+x W' = (x H) C' diag(s). The way back uses the same integers:
 dy W = ((dy diag(s)) C) H. H spreads outliers, of which a model's hidden states have many, over their block: that is
 what keeps 8 bits good enough (Ashkboos et al. 2024, arXiv 2404.00456; Wortsman et al. 2023, arXiv 2304.13013, train
 with such products). What is added, attended, learned and stepped stays in float32.
@@ -43,11 +44,12 @@ class IntegerWeight(HeldWeight):
     @classmethod
     def stacked(cls, parts: Sequence[IntegerWeight]) -> IntegerWeight:
         """Return weights with the same inputs, one below the other."""
-        return cls(torch.cat([part.codes_OI for part in parts]), torch.cat([part.scales_O for part in parts]))
+        codes_OI, scales_O = (torch.cat(some) for some in zip(*((p.codes_OI, p.scales_O) for p in parts), strict=True))
+        return cls(codes_OI, scales_O, parts[0].fine)
 
     def rows(self, outputs: slice) -> IntegerWeight:
         """Return some of the outputs, as a view."""
-        return IntegerWeight(self.codes_OI[outputs], self.scales_O[outputs])
+        return IntegerWeight(self.codes_OI[outputs], self.scales_O[outputs], self.fine)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -26,12 +26,12 @@ from torch.autograd.function import once_differentiable
 
 from luthier.llm.base_bits import Bits
 from luthier.llm.engine.held_weight import HeldWeight
+from luthier.llm.engine.layer_operations import INT8_MAX
 
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share the scale and offset of their 8 bits
 PIECE = 64 * BLOCK * GROUP  # weights that are quantised at once: what that takes is bounded, whatever their number
 HEADS = ("lm_head", "score", "classifier")
-INT8_MAX = 127
 UINT8_MAX = 255
 # The 16 values of NF4 (Dettmers et al. 2023, appendix E): quantiles of a normal distribution scaled to [-1, 1], one of
 # them exactly zero.
@@ -154,12 +154,6 @@ class QuantisedLinear(torch.nn.Linear):
         self.weight_dtype = weight_dtype
         self.register_parameter("bias", bias)
 
-    @classmethod
-    def from_linear(cls, linear: torch.nn.Linear, bits: Bits) -> Self:
-        """Return a linear layer in 4 or 8 bits; the bias is the same parameter."""
-        made = cls(quantise(linear.weight, bits), linear.weight.dtype, linear.bias)
-        return made.train(linear.training)
-
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weight (O, I) in ``weight_dtype``, made anew on every access: a change of it changes nothing."""
@@ -196,14 +190,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_XI: torch.Tensor, held: HeldWeight) -> torch.Tensor:
         ctx.held = held
-        return held.times(x_XI.reshape(-1, x_XI.shape[-1])).view(*x_XI.shape[:-1], -1)
+        outputs, inputs = held.shape
+        return held.times(x_XI.reshape(-1, inputs)).view(*x_XI.shape[:-1], outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_XO: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return ctx.held.times_back(dy_XO.reshape(-1, dy_XO.shape[-1])).view(*dy_XO.shape[:-1], -1), None
+        outputs, inputs = ctx.held.shape
+        return ctx.held.times_back(dy_XO.reshape(-1, outputs)).view(*dy_XO.shape[:-1], inputs), None
 
 
 def quantisable(model: torch.nn.Module) -> Iterator[str]:

@@ -25,7 +25,7 @@ from luthier.llm.rows import Row, pack, places, shared_prefix
 from luthier.templates.renderer import TokenizedExample
 
 CHECKED_LENGTHS = (7, 4)
-CHECK_TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.05  # of products that differ by their order, in float32 and in 16 bits
+CHECK_TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.05  # of products that differ by their order, in float32 and rounded
 
 Noise = Callable[[torch.Tensor, Row], torch.Tensor]
 """Changes the embeddings (T, E) of a row while training."""
@@ -67,11 +67,12 @@ class RowModel:
         self._fused = FusedDecoder(self._decoder, self.dtype, recompute=recompute) if fused else None
         if recompute and self._fused is None:
             enable_recompute(self._inner)
-        writes = self._inner.get_output_embeddings() is not None
-        self._head = Head.of(self._inner).in_integers() if integers and writes else None
         self._one_by_one = same_positions_up_to(config.to_dict()) < UNBOUNDED
+        self._head: Head | None = None
         if config.model_type not in ROW_FAMILIES:
-            self._check()
+            self._check(CHECK_TOLERANCE if self.dtype == torch.float32 and not integers else ROUGH_TOLERANCE)
+        if integers and self._inner.get_output_embeddings() is not None:
+            self._head = Head.of(self._inner).in_integers()
 
     @property
     def is_fused(self) -> bool:
@@ -150,7 +151,7 @@ class RowModel:
         sources_T = torch.tensor([source[place] for place in range(len(row.tokens))], device=self.device)
         return torch.cat(found).index_select(0, sources_T)
 
-    def _check(self) -> None:
+    def _check(self, tolerance: float) -> None:
         """Compare a family that nobody has tried with itself: a few tokens as they are asked here, and as it likes.
 
         Raises:
@@ -162,7 +163,6 @@ class RowModel:
         with torch.no_grad():
             found = self.targets(row).logprobs_M if writes else self.hidden(row, range(len(row.tokens)))
             expected = torch.cat([self._by_itself(texts[index], writes=writes) for index in row.examples])
-        tolerance = CHECK_TOLERANCE if self.dtype == torch.float32 else ROUGH_TOLERANCE
         if float((found - expected).norm()) > tolerance * float(expected.norm()):
             raise InputError(
                 f"A model of the family {self._inner.config.model_type} pads texts, or makes its logits, in a way that "

@@ -24,6 +24,7 @@ from luthier.errors import InputError
 from luthier.llm.base_bits import read_base_bits
 from luthier.llm.base_config import ENCODER_TYPES, UNBOUNDED, context_length, rows_up_to
 from luthier.llm.engine.gradual import Holding, fill, hold, is_explained, outline
+from luthier.llm.engine.layer_operations import INT8_MAX
 from luthier.llm.engine.processor import cpu_flags, cpu_line
 from luthier.llm.engine.quantised import quantisable
 from luthier.llm.engine.row_attention import ATTENTION_NAME
@@ -38,7 +39,6 @@ HEADS = frozenset({"score", "classifier", "pre_classifier", "pooler", "head"})
 _Probe = tuple[int, int, int]  # size of the matrices, products in a row, runs of which the best counts
 PROBES: dict[str, _Probe] = {"cpu": (1024, 1, 5), "mps": (2048, 4, 5), "cuda": (8192, 8, 5)}
 RATIO_PROBE: _Probe = (320, 1, 60)
-MOST = 127  # of an 8-bit integer
 SCORING_BYTES = 2_000_000_000  # what scoring takes beside the weights
 REFUSED_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -143,7 +143,8 @@ def load_held(
     here, files = on or device(), WeightFiles(folder)
     model = outline(kind, config, dtype=holding.dtype, attn_implementation=_attention(config, longest))
     if holding.is_in_few_bits and not any(quantisable(model)):
-        raise InputError(f"A {config.model_type} has no linear layers to hold in few bits.", hint="use mode lora")
+        hint = "use mode lora" if holding.bits else "precision=auto"
+        raise InputError(f"A {config.model_type} has no linear layers to hold in few bits.", hint=hint)
     if is_explained(model, files, frozenset(_head_names(model))):
         choose(model)
         fill(model, files, holding, here)
@@ -267,16 +268,23 @@ def _bfloat16_speed(here: torch.device) -> float | None:
 
 
 @lru_cache
-def _int8_speed(here: torch.device) -> float | None:
-    """Return how many times as fast a processor's products of 8-bit integers are as float32 ones (None: not exact).
+def has_exact_integers(here: torch.device) -> bool:
+    """Return whether products of 8-bit integers can be made there, exactly.
 
     Instructions of older processors add pairs of products in 16 bits, which the largest numbers overflow.
     """
     if here.type != "cpu":
-        return None
+        return False
     size = RATIO_PROBE[0]
-    largest = torch.full((size, size), MOST, dtype=torch.int8)
-    if not torch.equal(torch._int_mm(largest, -largest), torch.full((size, size), -size * MOST**2, dtype=torch.int32)):
+    largest = torch.full((size, size), INT8_MAX, dtype=torch.int8)
+    exact = torch.full((size, size), -size * INT8_MAX**2, dtype=torch.int32)
+    return torch.equal(torch._int_mm(largest, -largest), exact)
+
+
+@lru_cache
+def _int8_speed(here: torch.device) -> float | None:
+    """Return how many times as fast products of 8-bit integers are as float32 ones (None: they cannot be had)."""
+    if not has_exact_integers(here):
         return None
     with _one_thread():
         rates = _matmul_flops(here, RATIO_PROBE, torch.float32, torch.int8)

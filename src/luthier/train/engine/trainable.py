@@ -18,9 +18,18 @@ from luthier.llm.base_bits import Bits, read_base_bits
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.gradual import Holding
 from luthier.llm.engine.row_model import RowModel
-from luthier.llm.engine.torch_model import DTYPES, heads, is_encoder, load_base, load_held
+from luthier.llm.engine.torch_model import (
+    DTYPES,
+    device,
+    has_exact_integers,
+    heads,
+    is_encoder,
+    load_base,
+    load_held,
+)
 from luthier.records.objectives import product
 from luthier.records.training import Resolved
+from luthier.train.hyperparameters import NO_INTEGERS
 
 
 def load_trainable(
@@ -31,9 +40,12 @@ def load_trainable(
     ``labels`` are the classes of a classifier. With ``start_adapter`` training goes on from that adapter.
 
     Raises:
-        InputError: the adapter belongs to another architecture, or the mode or the method does not fit the model.
+        InputError: the adapter belongs to another architecture, the mode or the method does not fit the model, or the
+            precision not the machine.
     """
     torch.manual_seed(resolved.seed)
+    if resolved.precision == "int8" and not has_exact_integers(device()):
+        raise InputError(NO_INTEGERS.format(where="this machine"), hint="start the run again with precision=auto")
     model = _load(base_folder, resolved, labels, start_adapter)
     if product(resolved.method) != "generator" and not is_encoder(base_folder) and not hasattr(model, "score"):
         raise InputError(
