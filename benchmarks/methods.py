@@ -159,22 +159,23 @@ def main() -> None:
         for base in sorted({TRIALS[name].base for name in options.only}):
             pull(store, base)
         for name in options.only:
-            found[name] = run(store, name, options.data, Path(temporary))
+            found[name] = run(store, name, options.data, Path(temporary), options.precision)
             print(f"{name:16} {json.dumps(found[name])}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def run(store: Store, name: str, data: Path, folder: Path) -> dict[str, Any]:
+def run(store: Store, name: str, data: Path, folder: Path, precision: str) -> dict[str, Any]:
     """Import, divide and train; return what the run found."""
     trial = TRIALS[name]
+    numbers = {} if trial.options.get("mode") == "full" else {"precision": precision}
     path = folder / f"{name}.jsonl"
     rows = trial.rows(data)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     import_dataset(store, path, name)
     dataset = split_dataset(store, name, SplitConfig(column="split"))
     columns = LABELLED if trial.base == ENCODER else COLUMNS.get(name, {})
-    config = TrainingConfig.model_validate({**trial.options, "columns": columns, "samples": 0})
+    config = TrainingConfig.model_validate({**trial.options, **numbers, "columns": columns, "samples": 0})
     template = _template(store) if name == "kto" else None
     history: list[dict[str, Any]] = []
     started = time.monotonic()
@@ -224,6 +225,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--home", type=Path, help="a home that has the base models; a temporary one where not given")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(TRIALS), help=", ".join(TRIALS))
+    parser.add_argument("--precision", default="auto", help="of methods that train an adapter: int8, say")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
