@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from luthier.llm.base_config import ROW_FAMILIES
 from luthier.llm.engine.gradual import Holding, hold
 from luthier.llm.engine.integers import IntegerWeight
-from luthier.llm.engine.layer_operations import FINER, LayerOperations, turned
+from luthier.llm.engine.layer_operations import FINER, Adapter, IntegerSums, LayerOperations, turned
 from luthier.llm.engine.native_operations import NativeOperations, operations_for
 from luthier.llm.engine.quantised import QuantisedLinear
 from luthier.llm.engine.row_attention import ATTENTION_NAME
@@ -90,16 +91,44 @@ def test_the_kernels_give_what_torch_gives(
     assert float((both - exact).abs().max()) < 1.1 / FINER
 
     sums = torch.randint(-(10**6), 10**6, (7, width), dtype=torch.int32)
+    given = IntegerSums(sums, scales, factors, block)
     for add in (False, True):
         found, expected = onto.clone(), onto.clone()
-        native.from_integers(found, sums, scales, block, factors, add=add)
-        TORCH.from_integers(expected, sums, scales, block, factors, add=add)
+        native.from_integers(found, given, add=add)
+        TORCH.from_integers(expected, given, add=add)
         assert error(found, expected) < 1e-5
     in_place = sums.view(torch.float32)
     expected = torch.empty(7, width)
-    TORCH.from_integers(expected, sums, scales, block, factors)
-    native.from_integers(in_place, sums, scales, block, factors)
+    TORCH.from_integers(expected, given)
+    native.from_integers(in_place, given)
     assert error(in_place, expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 24, 61])
+def test_adapters_are_added_to_the_numbers_of_sums(native: NativeOperations, threads: int, tokens: int) -> None:
+    x, dy = numbers(tokens, 96, seed=1), numbers(tokens, 176, seed=2)
+    ends = (0, 96, 128, 176)
+    adapters = [
+        Adapter(
+            torch.nn.Parameter(numbers(16, 96, seed=3 + i)),
+            torch.nn.Parameter(numbers(end - first, 16, seed=6 + i)),
+            2.0,
+            slice(first, end),
+            slice(16 * i, 16 * i + 16),
+        )
+        for i, (first, end) in enumerate(itertools.pairwise(ends))
+    ]
+    for name, given, width, block in (("adapt", x, 176, 1), ("adapt_backward", dy, 96, 32)):
+        sums = torch.randint(-(10**6), 10**6, (tokens, width), dtype=torch.int32)
+        factors = numbers(width, seed=9) if block == 1 else None
+        base = IntegerSums(sums, numbers(tokens, seed=8).abs() / 1e4, factors, block)
+        outputs = (176,) if name == "adapt" else ()
+        expected, expected_low = getattr(TORCH, name)(given, adapters, *outputs, base)
+        found, low = getattr(native, name)(given, adapters, *outputs, base)
+        assert found.data_ptr() == sums.data_ptr()
+        assert error(low, expected_low) < 1e-5
+        assert error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("operations", ["native", "torch"])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from luthier.llm.engine.layer_operations import Adapter, LayerOperations
+
 
 class HeldWeight(ABC):
     """A frozen weight (O, I), in whatever numbers. Products come in the number type of what is multiplied."""
@@ -42,6 +44,24 @@ class HeldWeight(ABC):
         """Return x W' (T, O); ``onto`` is overwritten with its sum with that."""
         weight_OI = self.whole(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, weight_OI) if onto_TO is None else onto_TO.addmm_(x_TI, weight_OI.T)
+
+    def adapted(
+        self, x_TI: torch.Tensor, adapters: Sequence[Adapter], do: LayerOperations
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x W' + s (x A') B' (T, O), with low-rank adapters of its outputs, and x A' (T, R).
+
+        What an adapter adds is far smaller than what it is added to, at first: rounded to bfloat16, a sum would lose
+        it. So it is made first, and the large product is added onto it, which rounds once.
+        """
+        y_TO, low_TR = do.adapt(x_TI, adapters, self.shape[0])
+        return self.times(x_TI, y_TO), low_TR
+
+    def adapted_back(
+        self, dy_TO: torch.Tensor, adapters: Sequence[Adapter], do: LayerOperations
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of the input of :meth:`adapted` (T, I), and of x A' (T, R)."""
+        dx_TI, dlow_TR = do.adapt_backward(dy_TO, adapters)
+        return self.times_back(dy_TO, dx_TI), dlow_TR
 
     def times_into(self, y_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
         """Write x W' into ``y``, so that large products need no new memory."""

@@ -14,12 +14,12 @@ Names end in their dimensions: T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from luthier.llm.engine.held_weight import HeldWeight
-from luthier.llm.engine.layer_operations import FINER
+from luthier.llm.engine.layer_operations import FINER, Adapter, IntegerSums, LayerOperations
 from luthier.llm.engine.native_operations import operations_for
 
 
@@ -70,8 +70,8 @@ class IntegerWeight(HeldWeight):
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """See :meth:`HeldWeight.whole`."""
         weight_OI = torch.empty(self.shape, dtype=dtype, device=self.device)
-        do = operations_for(dtype, self.device)
-        do.from_integers(weight_OI, self.codes_OI.int(), self.scales_O, _block(self.codes_OI))
+        of = IntegerSums(self.codes_OI.int(), self.scales_O, block=_block(self.codes_OI))
+        operations_for(dtype, self.device).from_integers(weight_OI, of)
         return weight_OI
 
     def to(self, device: torch.device) -> IntegerWeight:
@@ -81,33 +81,51 @@ class IntegerWeight(HeldWeight):
     def times(self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
         """See :meth:`HeldWeight.times`."""
         y_TO = x_TI.new_empty(len(x_TI), len(self.codes_OI)) if onto_TO is None else onto_TO
-        sums_TO = torch.empty(y_TO.shape, dtype=torch.int32, device=self.device)
-        self._times(y_TO, x_TI, sums_TO, add=onto_TO is not None)
+        do = operations_for(x_TI.dtype, x_TI.device)
+        do.from_integers(y_TO, self._sums(x_TI, do), add=onto_TO is not None)
         return y_TO
 
     def times_into(self, y_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
         """See :meth:`HeldWeight.times_into`."""
-        self._times(y_TO, x_TI, y_TO.view(torch.int32), add=False)
-
-    def _times(self, y_TO: torch.Tensor, x_TI: torch.Tensor, sums_TO: torch.Tensor, *, add: bool) -> None:
         do = operations_for(x_TI.dtype, x_TI.device)
-        codes_TI, scales_T = do.to_integers(x_TI, _block(x_TI))
-        torch._int_mm(codes_TI, self.codes_OI.T, out=sums_TO)
-        do.from_integers(y_TO, sums_TO, scales_T, times_O=self.scales_O, add=add)
+        do.from_integers(y_TO, self._sums(x_TI, do, y_TO.view(torch.int32)))
 
     def times_back(self, dy_TO: torch.Tensor, onto_TI: torch.Tensor | None = None) -> torch.Tensor:
         """See :meth:`HeldWeight.times_back`."""
+        dx_TI = dy_TO.new_empty(len(dy_TO), self.codes_OI.shape[1]) if onto_TI is None else onto_TI
         do = operations_for(dy_TO.dtype, dy_TO.device)
         fine_TO = torch.empty(dy_TO.shape, dtype=torch.int8, device=self.device) if self.fine else None
-        codes_TO, scales_T = do.to_integers(dy_TO, times_I=self.scales_O, fine_TI=fine_TO)
-        dx_TI = dy_TO.new_empty(len(dy_TO), self.codes_OI.shape[1]) if onto_TI is None else onto_TI
-        sums_TI = torch.empty(dx_TI.shape, dtype=torch.int32, device=self.device)
-        torch._int_mm(codes_TO, self.codes_OI, out=sums_TI)
-        do.from_integers(dx_TI, sums_TI, scales_T, _block(self.codes_OI), add=onto_TI is not None)
+        sums = self._sums_back(dy_TO, do, fine_TO)
+        do.from_integers(dx_TI, sums, add=onto_TI is not None)
         if fine_TO is not None:
-            torch._int_mm(fine_TO, self.codes_OI, out=sums_TI)
-            do.from_integers(dx_TI, sums_TI, scales_T / FINER, _block(self.codes_OI), add=True)
+            torch._int_mm(fine_TO, self.codes_OI, out=sums.sums_TW)
+            do.from_integers(dx_TI, replace(sums, scales_T=sums.scales_T / FINER), add=True)
         return dx_TI
+
+    def adapted(
+        self, x_TI: torch.Tensor, adapters: Sequence[Adapter], do: LayerOperations
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`HeldWeight.adapted`."""
+        return do.adapt(x_TI, adapters, len(self.codes_OI), self._sums(x_TI, do))
+
+    def adapted_back(
+        self, dy_TO: torch.Tensor, adapters: Sequence[Adapter], do: LayerOperations
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`HeldWeight.adapted_back`."""
+        return do.adapt_backward(dy_TO, adapters, self._sums_back(dy_TO, do))
+
+    def _sums(self, x_TI: torch.Tensor, do: LayerOperations, sums_TO: torch.Tensor | None = None) -> IntegerSums:
+        if sums_TO is None:
+            sums_TO = torch.empty(len(x_TI), len(self.codes_OI), dtype=torch.int32, device=self.device)
+        codes_TI, scales_T = do.to_integers(x_TI, _block(x_TI))
+        torch._int_mm(codes_TI, self.codes_OI.T, out=sums_TO)
+        return IntegerSums(sums_TO, scales_T, self.scales_O)
+
+    def _sums_back(self, dy_TO: torch.Tensor, do: LayerOperations, fine_TO: torch.Tensor | None = None) -> IntegerSums:
+        codes_TO, scales_T = do.to_integers(dy_TO, times_I=self.scales_O, fine_TI=fine_TO)
+        sums_TI = torch.empty(len(dy_TO), self.codes_OI.shape[1], dtype=torch.int32, device=self.device)
+        torch._int_mm(codes_TO, self.codes_OI, out=sums_TI)
+        return IntegerSums(sums_TI, scales_T, block=_block(self.codes_OI))
 
 
 def _block(values_TI: torch.Tensor) -> int:

@@ -670,217 +670,6 @@ int attend_backward(number *dqkv, float *sums, const number *dout, const number 
     return failed;
 }
 
-#define ADAPTED 24 /* tokens of a tile: a multiple of TILE_ROWS */
-#define COLUMNS (4 * LANES)
-
-/* Low-rank adapters of layers that read the same input. Part p has the outputs from ends[p - 1] up to ends[p], and in
- * all that is low-rank (T, R) the columns from p rank; its weights are down (rank, I) and up (outputs, rank), float32. */
-INLINE const float *up_row(const float *const *up, const int64_t *ends, int64_t rank, int64_t output)
-{
-    int64_t part = 0;
-    while (output >= ends[part]) part++;
-    return up[part] + (output - (part ? ends[part - 1] : 0)) * rank;
-}
-
-INLINE int64_t blocks_of(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
-
-INLINE float pack(float even, float odd) /* the word of two numbers along the inner dimension, or of the one */
-{
-#if PAIR == 2
-    return join(all(even), all(odd))[0];
-#else
-    (void)odd;
-    return even;
-#endif
-}
-
-/* Rows of numbers as left operands: as they are, or converted into `held`. */
-INLINE const narrow *operand(narrow *held, const number *rows, int64_t count)
-{
-#if PAIR == 2 || NUMBER_BITS == 32
-    (void)held, (void)count;
-    return rows;
-#else
-    for (int64_t i = 0; i < count; i += LANES) narrow_down(held + i, read(rows + i));
-    return held;
-#endif
-}
-
-/* Rounds sums to numbers; gives them as left operands too where `to` is not NULL. */
-INLINE void settle(number *numbers, narrow *to, const float *sums, int64_t count)
-{
-    for (int64_t i = 0; i < count; i += LANES) {
-        write(numbers + i, load(sums + i));
-        if (to) narrow_down(to + i, read(numbers + i));
-    }
-}
-
-/* The product of a tile, as numbers. Where those are float32 they are made in their place. */
-#if NUMBER_BITS == 32
-#define IN_PLACE(numbers, held) (numbers)
-#define SETTLE(numbers, held, count) (void)0
-#else
-#define IN_PLACE(numbers, held) (held)
-#define SETTLE(numbers, held, count) settle(numbers, NULL, held, count)
-#endif
-
-/* low = x down', y = low (scale up)' */
-int adapt(number *y, number *low, const number *x, const float *const *down, const float *const *up,
-          const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale, int threads)
-{
-    int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
-    int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
-    float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
-    if (!memory) return 1;
-    float *over_inputs = memory, *over_ranks = memory + inputs * all_ranks; /* words (I / PAIR, R), (rank / PAIR, O) */
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *out = over_ranks + rank * outputs + THREAD * tile_words, *sums = out + ADAPTED * outputs;
-        narrow *held = (narrow *)(sums + ADAPTED * all_ranks), *left = held + ADAPTED * inputs;
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < inputs; i += PAIR)
-            for (int64_t r = 0; r < all_ranks; r++) {
-                const float *from = down[r / rank] + r % rank * inputs + i;
-                over_inputs[i / PAIR * all_ranks + r] = pack(from[0], from[PAIR - 1]);
-            }
-#pragma omp for schedule(static)
-        for (int64_t o = 0; o < outputs; o++) {
-            const float *from = up_row(up, ends, rank, o);
-            for (int64_t r = 0; r < rank; r += PAIR)
-                over_ranks[r / PAIR * outputs + o] = pack(from[r] * scale, from[r + PAIR - 1] * scale);
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t += ADAPTED) {
-            int64_t rows = tokens - t < ADAPTED ? tokens - t : ADAPTED;
-            number *to = y + t * outputs;
-            product(sums, all_ranks, operand(held, x + t * inputs, rows * inputs), inputs, over_inputs, all_ranks, rows,
-                    inputs, all_ranks, 0);
-            settle(low + t * all_ranks, left, sums, rows * all_ranks);
-            for (int64_t part = 0, first = 0; part < parts; first = ends[part++])
-                product(IN_PLACE(to, out) + first, outputs, left + part * rank, all_ranks, over_ranks + first, outputs,
-                        rows, rank, ends[part] - first, 0);
-            SETTLE(to, out, rows * outputs);
-        }
-    }
-    free(memory);
-    return 0;
-}
-
-/* dlow = dy (scale up), dx = dlow down */
-int adapt_backward(number *dx, number *dlow, const number *dy, const float *const *down, const float *const *up,
-                   const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale,
-                   int threads)
-{
-    int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
-    int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
-    float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
-    if (!memory) return 1;
-    float *over_ranks = memory, *over_outputs = memory + inputs * all_ranks; /* words (R / PAIR, I), (O / PAIR, rank) */
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *out = over_outputs + rank * outputs + THREAD * tile_words, *sums = out + ADAPTED * inputs;
-        narrow *held = (narrow *)(sums + ADAPTED * all_ranks), *left = held + ADAPTED * outputs;
-#pragma omp for schedule(static) nowait
-        for (int64_t r = 0; r < all_ranks; r += PAIR) {
-            const float *from = down[r / rank] + r % rank * inputs;
-            for (int64_t i = 0; i < inputs; i++)
-                over_ranks[r / PAIR * inputs + i] = pack(from[i], from[(PAIR - 1) * inputs + i]);
-        }
-#pragma omp for schedule(static)
-        for (int64_t o = 0; o < outputs; o += PAIR) {
-            const float *from = up_row(up, ends, rank, o);
-            for (int64_t r = 0; r < rank; r++)
-                over_outputs[o / PAIR * rank + r] = pack(from[r] * scale, from[(PAIR - 1) * rank + r] * scale);
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t += ADAPTED) {
-            int64_t rows = tokens - t < ADAPTED ? tokens - t : ADAPTED;
-            number *to = dx + t * inputs;
-            const narrow *from = operand(held, dy + t * outputs, rows * outputs);
-            for (int64_t part = 0, first = 0; part < parts; first = ends[part++])
-                product(sums + part * rank, all_ranks, from + first, outputs, over_outputs + first / PAIR * rank, rank,
-                        rows, ends[part] - first, rank, 0);
-            settle(dlow + t * all_ranks, left, sums, rows * all_ranks);
-            product(IN_PLACE(to, out), inputs, left, all_ranks, over_ranks, inputs, rows, all_ranks, inputs, 0);
-            SETTLE(to, out, rows * inputs);
-        }
-    }
-    free(memory);
-    return 0;
-}
-
-/* Columns of numbers (T, up to COLUMNS) as right operands over tokens: as they are, or as words in `held`. */
-INLINE const float *over_tokens(float *held, int64_t *stride, const number *from, int64_t width, int64_t tokens,
-                                int64_t columns)
-{
-#if NUMBER_BITS == 32
-    (void)held, (void)tokens, (void)columns;
-    *stride = width;
-    return from;
-#else
-    *stride = COLUMNS;
-    for (int64_t t = 0; t < tokens; t += PAIR)
-        for (int64_t c = 0; c < columns; c += LANES) {
-            vector values = read(from + t * width + c);
-#if PAIR == 2
-            values = join(values, t + 1 < tokens ? read(from + (t + 1) * width + c) : (vector){0});
-#endif
-            store(held + t / PAIR * COLUMNS + c, values);
-        }
-    return held;
-#endif
-}
-
-/* ddown (R, I) = dlow' x; dup (O, rank) = scale dy' low, each output with the columns of its part; in float32. */
-int adapter_gradients(float *ddown, float *dup, const number *dy, const number *x, const number *low,
-                      const number *dlow, const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens,
-                      int64_t inputs, float scale, int threads)
-{
-    int64_t outputs = ends[parts - 1], all_ranks = parts * rank, length = paired(tokens);
-    int64_t words = length * COLUMNS + all_ranks * COLUMNS;
-    float *memory = malloc(sizeof(float) * (size_t)(2 * all_ranks * length + threads * words));
-    if (!memory) return 1;
-    narrow *low_rows = (narrow *)memory, *dlow_rows = low_rows + all_ranks * length; /* (R, T) */
-    int64_t input_blocks = blocks_of(inputs), blocks = input_blocks;
-    for (int64_t part = 0, first = 0; part < parts; first = ends[part++]) blocks += blocks_of(ends[part] - first);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *held = memory + 2 * all_ranks * length + THREAD * words, *sums = held + length * COLUMNS;
-        int64_t stride;
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < length; t += LANES)
-            for (int64_t r = 0; r < all_ranks; r += LANES)
-                for (int64_t at = t; at < length && at < t + LANES; at++) {
-                    vector own = at < tokens ? read(low + at * all_ranks + r) : (vector){0};
-                    vector back = at < tokens ? read(dlow + at * all_ranks + r) : (vector){0};
-                    narrow own_row[LANES], back_row[LANES];
-                    narrow_down(own_row, own), narrow_down(back_row, back);
-                    for (int i = 0; i < LANES; i++) {
-                        low_rows[(r + i) * length + at] = own_row[i];
-                        dlow_rows[(r + i) * length + at] = back_row[i];
-                    }
-                }
-#pragma omp for schedule(static, 1)
-        for (int64_t block = 0; block < blocks; block++) {
-            if (block < input_blocks) {
-                int64_t at = block * COLUMNS, columns = inputs - at < COLUMNS ? inputs - at : COLUMNS;
-                const float *right = over_tokens(held, &stride, x + at, inputs, tokens, columns);
-                product(ddown + at, inputs, dlow_rows, length, right, stride, all_ranks, length, columns, 0);
-                continue;
-            }
-            int64_t own = block - input_blocks, part = 0, first = 0; /* of the part's blocks */
-            for (; own >= blocks_of(ends[part] - first); first = ends[part++]) own -= blocks_of(ends[part] - first);
-            int64_t at = first + own * COLUMNS, columns = ends[part] - at < COLUMNS ? ends[part] - at : COLUMNS;
-            const float *right = over_tokens(held, &stride, dy + at, outputs, tokens, columns);
-            product(sums, COLUMNS, low_rows + part * rank * length, length, right, stride, rank, length, columns, 0);
-            for (int64_t c = 0; c < columns; c++)
-                for (int64_t r = 0; r < rank; r++) dup[(at + c) * rank + r] = sums[r * COLUMNS + c] * scale;
-        }
-    }
-    free(memory);
-    return 0;
-}
-
 /* What products of 8-bit integers need before and behind them. A row of numbers is turned by a Walsh-Hadamard transform
  * in blocks, so that no number of it is far larger than the others; blocks are a power of two, and 1 turns nothing. */
 #if defined(__clang__)
@@ -975,34 +764,258 @@ int to_integers(int8_t *codes, int8_t *fine, float *scales, const number *x, con
     return 0;
 }
 
-/* The numbers of sums of products of integers: each row times its scale [and a factor for each column], turned
- * [, added to y]. */
+/* Sums of products of integers (T, W): each row times its scale [and a factor for each column], turned, is numbers. */
+typedef struct {
+    const float *scales, *times;
+    int64_t block;
+} meaning;
+
+/* One row of them [, added to `to`]; `row` is scratch. Without `add` the sums may lie where the numbers go. */
+INLINE void numbers_of(float *row, number *to, const int32_t *sums, meaning of, int64_t t, int64_t width, int add)
+{
+    vector scale = all(of.scales[t] / sqrtf((float)of.block));
+    for (int64_t i = 0; i < width; i += LANES) {
+        integers found;
+        memcpy(&found, sums + i, sizeof found);
+        vector values = __builtin_convertvector(found, vector) * scale;
+        if (of.times) values *= load(of.times + i);
+        if (of.block > 1)
+            store(row + i, turned_within(values));
+        else
+            write(to + i, add ? read(to + i) + values : values);
+    }
+    if (of.block == 1) return;
+    turn(row, width, of.block);
+    for (int64_t i = 0; i < width; i += LANES) write(to + i, add ? read(to + i) + load(row + i) : load(row + i));
+}
+
 int from_integers(number *y, const int32_t *sums, const float *scales, const float *times, int64_t tokens,
                   int64_t width, int64_t block, int64_t add, int threads)
 {
     float *memory = malloc(sizeof(float) * (size_t)(threads * width));
     if (!memory) return 1;
-    float factor = 1.0f / sqrtf((float)block);
+    meaning of = {scales, times, block};
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < tokens; t++)
+        numbers_of(memory + THREAD * width, y + t * width, sums + t * width, of, t, width, add != 0);
+    free(memory);
+    return 0;
+}
+
+#define ADAPTED 24 /* tokens of a tile: a multiple of TILE_ROWS */
+#define COLUMNS (4 * LANES)
+
+/* Low-rank adapters of layers that read the same input. Part p has the outputs from ends[p - 1] up to ends[p], and in
+ * all that is low-rank (T, R) the columns from p rank; its weights are down (rank, I) and up (outputs, rank), float32. */
+INLINE const float *up_row(const float *const *up, const int64_t *ends, int64_t rank, int64_t output)
+{
+    int64_t part = 0;
+    while (output >= ends[part]) part++;
+    return up[part] + (output - (part ? ends[part - 1] : 0)) * rank;
+}
+
+INLINE int64_t blocks_of(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+
+INLINE float pack(float even, float odd) /* the word of two numbers along the inner dimension, or of the one */
+{
+#if PAIR == 2
+    return join(all(even), all(odd))[0];
+#else
+    (void)odd;
+    return even;
+#endif
+}
+
+/* Rows of numbers as left operands: as they are, or converted into `held`. */
+INLINE const narrow *operand(narrow *held, const number *rows, int64_t count)
+{
+#if PAIR == 2 || NUMBER_BITS == 32
+    (void)held, (void)count;
+    return rows;
+#else
+    for (int64_t i = 0; i < count; i += LANES) narrow_down(held + i, read(rows + i));
+    return held;
+#endif
+}
+
+/* Rounds sums to numbers; gives them as left operands too where `to` is not NULL. */
+INLINE void settle(number *numbers, narrow *to, const float *sums, int64_t count)
+{
+    for (int64_t i = 0; i < count; i += LANES) {
+        write(numbers + i, load(sums + i));
+        if (to) narrow_down(to + i, read(numbers + i));
+    }
+}
+
+/* The product of a tile, as numbers. Where those are float32 they are made in their place. */
+#if NUMBER_BITS == 32
+#define IN_PLACE(numbers, held) (numbers)
+#define SETTLE(numbers, held, count) (void)0
+#else
+#define IN_PLACE(numbers, held) (held)
+#define SETTLE(numbers, held, count) settle(numbers, NULL, held, count)
+#endif
+
+/* low = x down', y = low (scale up)'. With `scales`, and numbers of 32 bits, y holds sums of products of integers, to
+ * whose numbers that is added in their place; a tile of them stays in the cache meanwhile. */
+int adapt(number *y, number *low, const number *x, const float *const *down, const float *const *up,
+          const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale,
+          const float *scales, const float *times, int64_t block, int threads)
+{
+    meaning of = {scales, times, block};
+    int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
+    int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
+    float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
+    if (!memory) return 1;
+    float *over_inputs = memory, *over_ranks = memory + inputs * all_ranks; /* words (I / PAIR, R), (rank / PAIR, O) */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *row = memory + THREAD * width;
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            number *to = y + t * width;
-            for (int64_t i = 0; i < width; i += LANES) {
-                integers found;
-                memcpy(&found, sums + t * width + i, sizeof found);
-                vector values = __builtin_convertvector(found, vector) * (scales[t] * factor);
-                if (times) values *= load(times + i);
-                if (block > 1)
-                    store(row + i, turned_within(values));
-                else
-                    write(to + i, add ? read(to + i) + values : values);
+        float *out = over_ranks + rank * outputs + THREAD * tile_words, *sums = out + ADAPTED * outputs;
+        narrow *held = (narrow *)(sums + ADAPTED * all_ranks), *left = held + ADAPTED * inputs;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < inputs; i += PAIR)
+            for (int64_t r = 0; r < all_ranks; r++) {
+                const float *from = down[r / rank] + r % rank * inputs + i;
+                over_inputs[i / PAIR * all_ranks + r] = pack(from[0], from[PAIR - 1]);
             }
-            if (block == 1) continue;
-            turn(row, width, block);
-            for (int64_t i = 0; i < width; i += LANES)
-                write(to + i, add ? read(to + i) + load(row + i) : load(row + i));
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o++) {
+            const float *from = up_row(up, ends, rank, o);
+            for (int64_t r = 0; r < rank; r += PAIR)
+                over_ranks[r / PAIR * outputs + o] = pack(from[r] * scale, from[r + PAIR - 1] * scale);
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t += ADAPTED) {
+            int64_t rows = tokens - t < ADAPTED ? tokens - t : ADAPTED;
+            number *to = y + t * outputs;
+            product(sums, all_ranks, operand(held, x + t * inputs, rows * inputs), inputs, over_inputs, all_ranks, rows,
+                    inputs, all_ranks, 0);
+            settle(low + t * all_ranks, left, sums, rows * all_ranks);
+            for (int64_t r = 0; scales && r < rows; r++)
+                numbers_of(out, to + r * outputs, (const int32_t *)(to + r * outputs), of, t + r, outputs, 0);
+            for (int64_t part = 0, first = 0; part < parts; first = ends[part++])
+                product(IN_PLACE(to, out) + first, outputs, left + part * rank, all_ranks, over_ranks + first, outputs,
+                        rows, rank, ends[part] - first, scales != NULL);
+            SETTLE(to, out, rows * outputs);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* dlow = dy (scale up), dx = dlow down; with `scales` dx holds sums, as y in `adapt` */
+int adapt_backward(number *dx, number *dlow, const number *dy, const float *const *down, const float *const *up,
+                   const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale,
+                   const float *scales, const float *times, int64_t block, int threads)
+{
+    meaning of = {scales, times, block};
+    int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
+    int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
+    float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
+    if (!memory) return 1;
+    float *over_ranks = memory, *over_outputs = memory + inputs * all_ranks; /* words (R / PAIR, I), (O / PAIR, rank) */
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *out = over_outputs + rank * outputs + THREAD * tile_words, *sums = out + ADAPTED * inputs;
+        narrow *held = (narrow *)(sums + ADAPTED * all_ranks), *left = held + ADAPTED * outputs;
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < all_ranks; r += PAIR) {
+            const float *from = down[r / rank] + r % rank * inputs;
+            for (int64_t i = 0; i < inputs; i++)
+                over_ranks[r / PAIR * inputs + i] = pack(from[i], from[(PAIR - 1) * inputs + i]);
+        }
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o += PAIR) {
+            const float *from = up_row(up, ends, rank, o);
+            for (int64_t r = 0; r < rank; r++)
+                over_outputs[o / PAIR * rank + r] = pack(from[r] * scale, from[(PAIR - 1) * rank + r] * scale);
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t += ADAPTED) {
+            int64_t rows = tokens - t < ADAPTED ? tokens - t : ADAPTED;
+            number *to = dx + t * inputs;
+            const narrow *from = operand(held, dy + t * outputs, rows * outputs);
+            for (int64_t part = 0, first = 0; part < parts; first = ends[part++])
+                product(sums + part * rank, all_ranks, from + first, outputs, over_outputs + first / PAIR * rank, rank,
+                        rows, ends[part] - first, rank, 0);
+            settle(dlow + t * all_ranks, left, sums, rows * all_ranks);
+            for (int64_t r = 0; scales && r < rows; r++)
+                numbers_of(out, to + r * inputs, (const int32_t *)(to + r * inputs), of, t + r, inputs, 0);
+            product(IN_PLACE(to, out), inputs, left, all_ranks, over_ranks, inputs, rows, all_ranks, inputs,
+                    scales != NULL);
+            SETTLE(to, out, rows * inputs);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* Columns of numbers (T, up to COLUMNS) as right operands over tokens: as they are, or as words in `held`. */
+INLINE const float *over_tokens(float *held, int64_t *stride, const number *from, int64_t width, int64_t tokens,
+                                int64_t columns)
+{
+#if NUMBER_BITS == 32
+    (void)held, (void)tokens, (void)columns;
+    *stride = width;
+    return from;
+#else
+    *stride = COLUMNS;
+    for (int64_t t = 0; t < tokens; t += PAIR)
+        for (int64_t c = 0; c < columns; c += LANES) {
+            vector values = read(from + t * width + c);
+#if PAIR == 2
+            values = join(values, t + 1 < tokens ? read(from + (t + 1) * width + c) : (vector){0});
+#endif
+            store(held + t / PAIR * COLUMNS + c, values);
+        }
+    return held;
+#endif
+}
+
+/* ddown (R, I) = dlow' x; dup (O, rank) = scale dy' low, each output with the columns of its part; in float32. */
+int adapter_gradients(float *ddown, float *dup, const number *dy, const number *x, const number *low,
+                      const number *dlow, const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens,
+                      int64_t inputs, float scale, int threads)
+{
+    int64_t outputs = ends[parts - 1], all_ranks = parts * rank, length = paired(tokens);
+    int64_t words = length * COLUMNS + all_ranks * COLUMNS;
+    float *memory = malloc(sizeof(float) * (size_t)(2 * all_ranks * length + threads * words));
+    if (!memory) return 1;
+    narrow *low_rows = (narrow *)memory, *dlow_rows = low_rows + all_ranks * length; /* (R, T) */
+    int64_t input_blocks = blocks_of(inputs), blocks = input_blocks;
+    for (int64_t part = 0, first = 0; part < parts; first = ends[part++]) blocks += blocks_of(ends[part] - first);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *held = memory + 2 * all_ranks * length + THREAD * words, *sums = held + length * COLUMNS;
+        int64_t stride;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < length; t += LANES)
+            for (int64_t r = 0; r < all_ranks; r += LANES)
+                for (int64_t at = t; at < length && at < t + LANES; at++) {
+                    vector own = at < tokens ? read(low + at * all_ranks + r) : (vector){0};
+                    vector back = at < tokens ? read(dlow + at * all_ranks + r) : (vector){0};
+                    narrow own_row[LANES], back_row[LANES];
+                    narrow_down(own_row, own), narrow_down(back_row, back);
+                    for (int i = 0; i < LANES; i++) {
+                        low_rows[(r + i) * length + at] = own_row[i];
+                        dlow_rows[(r + i) * length + at] = back_row[i];
+                    }
+                }
+#pragma omp for schedule(static, 1)
+        for (int64_t block = 0; block < blocks; block++) {
+            if (block < input_blocks) {
+                int64_t at = block * COLUMNS, columns = inputs - at < COLUMNS ? inputs - at : COLUMNS;
+                const float *right = over_tokens(held, &stride, x + at, inputs, tokens, columns);
+                product(ddown + at, inputs, dlow_rows, length, right, stride, all_ranks, length, columns, 0);
+                continue;
+            }
+            int64_t own = block - input_blocks, part = 0, first = 0; /* of the part's blocks */
+            for (; own >= blocks_of(ends[part] - first); first = ends[part++]) own -= blocks_of(ends[part] - first);
+            int64_t at = first + own * COLUMNS, columns = ends[part] - at < COLUMNS ? ends[part] - at : COLUMNS;
+            const float *right = over_tokens(held, &stride, dy + at, outputs, tokens, columns);
+            product(sums, COLUMNS, low_rows + part * rank * length, length, right, stride, rank, length, columns, 0);
+            for (int64_t c = 0; c < columns; c++)
+                for (int64_t r = 0; r < rank; r++) dup[(at + c) * rank + r] = sums[r * COLUMNS + c] * scale;
         }
     }
     free(memory);

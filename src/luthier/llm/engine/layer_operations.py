@@ -37,6 +37,20 @@ class Adapter:
     ranks: slice
 
 
+@dataclass(frozen=True)
+class IntegerSums:
+    """Sums of products of integers, int32 (T, W), and what makes numbers of them.
+
+    A row is multiplied by its scale of ``scales`` (T,), a column by its factor of ``times`` (W,), and blocks are
+    :func:`turned`.
+    """
+
+    sums_TW: torch.Tensor
+    scales_T: torch.Tensor
+    times_W: torch.Tensor | None = None
+    block: int = 1
+
+
 class LayerOperations:
     """What a layer does besides its large products; inputs and outputs are in the type that the layer computes in."""
 
@@ -89,15 +103,31 @@ class LayerOperations:
         heads_TXD[..., :half].addcmul_(second_TXd, low_T1d, value=-sign)
         heads_TXD[..., half:].addcmul_(first_TXd, high_T1d, value=sign)
 
-    def adapt(self, x_TI: torch.Tensor, adapters: Sequence[Adapter], outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what adapters add to the outputs of their layers, s (x A') B' (T, O), and x A' (T, R)."""
-        low_TR = x_TI @ _down(adapters, x_TI.dtype).T
-        return low_TR @ _up(adapters, outputs, x_TI.dtype).T, low_TR
+    def adapt(
+        self, x_TI: torch.Tensor, adapters: Sequence[Adapter], outputs: int, base: IntegerSums | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what adapters add to the outputs of their layers, s (x A') B' (T, O), and x A' (T, R).
 
-    def adapt_backward(self, dy_TO: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gradients of the input, through the adapters alone, and of x A', s dy B."""
+        The first has the ``base`` layers' outputs (T, O) in it where these are given; their memory may be taken.
+        """
+        low_TR = x_TI @ _down(adapters, x_TI.dtype).T
+        y_TO = low_TR @ _up(adapters, outputs, x_TI.dtype).T
+        if base is not None:
+            self.from_integers(y_TO, base, add=True)
+        return y_TO, low_TR
+
+    def adapt_backward(
+        self, dy_TO: torch.Tensor, adapters: Sequence[Adapter], base: IntegerSums | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of the input, through the adapters alone, and of x A', s dy B.
+
+        The first has that through the ``base`` layers (T, I) in it where it is given; its memory may be taken.
+        """
         dlow_TR = dy_TO @ _up(adapters, dy_TO.shape[-1], dy_TO.dtype)
-        return dlow_TR @ _down(adapters, dy_TO.dtype), dlow_TR
+        dx_TI = dlow_TR @ _down(adapters, dy_TO.dtype)
+        if base is not None:
+            self.from_integers(dx_TI, base, add=True)
+        return dx_TI, dlow_TR
 
     def adapter_gradients(
         self,
@@ -135,27 +165,17 @@ class LayerOperations:
             fine_TI.copy_(exact_TI.sub_(codes_TI).mul_(FINER).round_())
         return codes_TI.to(torch.int8), most_T1[:, 0] / INT8_MAX + (x_TI * 0).sum(1)
 
-    def from_integers(
-        self,
-        y_TO: torch.Tensor,
-        sums_TO: torch.Tensor,
-        scales_T: torch.Tensor,
-        block: int = 1,
-        times_O: torch.Tensor | None = None,
-        *,
-        add: bool = False,
-    ) -> None:
-        """Write into ``y`` what int32 sums of products of integers stand for, or add it there.
+    def from_integers(self, y_TW: torch.Tensor, of: IntegerSums, *, add: bool = False) -> None:
+        """Write into ``y`` the numbers that sums of products of integers are, or add them there.
 
-        That is rows times scales, columns times factors, and blocks :func:`turned` back. Without ``add`` the sums may
-        lie in the memory of ``y``.
+        Without ``add`` the sums may lie in the memory of ``y``.
         """
-        found_TO = sums_TO * scales_T[:, None]
-        found_TO = turned(found_TO if times_O is None else found_TO * times_O, block).to(y_TO.dtype)
+        found_TW = of.sums_TW * of.scales_T[:, None]
+        found_TW = turned(found_TW if of.times_W is None else found_TW * of.times_W, of.block).to(y_TW.dtype)
         if add:
-            y_TO += found_TO
+            y_TW += found_TW
         else:
-            y_TO.copy_(found_TO)
+            y_TW.copy_(found_TW)
 
     def attend(
         self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout

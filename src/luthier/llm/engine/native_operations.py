@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from luthier.llm.engine.kernels import find_kernels
-from luthier.llm.engine.layer_operations import Adapter, LayerOperations, Rope
+from luthier.llm.engine.layer_operations import Adapter, IntegerSums, LayerOperations, Rope
 from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
 
@@ -83,22 +83,29 @@ class NativeOperations(LayerOperations):
         sign = -1.0 if back else 1.0
         self._run("rotate", heads_TXD, *rope, tokens, count, heads_TXD.stride(0), width, sign)
 
-    def adapt(self, x_TI: torch.Tensor, adapters: Sequence[Adapter], outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def adapt(
+        self, x_TI: torch.Tensor, adapters: Sequence[Adapter], outputs: int, base: IntegerSums | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`LayerOperations.adapt`."""
-        if not self._take(x_TI) or not _are_alike(adapters, outputs):
-            return super().adapt(x_TI, adapters, outputs)
-        y_TO, low_TR = x_TI.new_empty(len(x_TI), outputs), x_TI.new_empty(len(x_TI), adapters[-1].ranks.stop)
-        self._run("adapt", y_TO, low_TR, x_TI, *_weights(adapters), *_sizes(adapters, x_TI), adapters[0].scale)
+        if not self._take(x_TI) or not _are_alike(adapters, outputs) or not self._convert(base):
+            return super().adapt(x_TI, adapters, outputs, base)
+        y_TO = base.sums_TW.view(self._dtype) if base else x_TI.new_empty(len(x_TI), outputs)
+        low_TR = x_TI.new_empty(len(x_TI), adapters[-1].ranks.stop)
+        sizes = (*_sizes(adapters, x_TI), adapters[0].scale)
+        self._run("adapt", y_TO, low_TR, x_TI, *_weights(adapters), *sizes, *_meaning(base))
         return y_TO, low_TR
 
-    def adapt_backward(self, dy_TO: torch.Tensor, adapters: Sequence[Adapter]) -> tuple[torch.Tensor, torch.Tensor]:
+    def adapt_backward(
+        self, dy_TO: torch.Tensor, adapters: Sequence[Adapter], base: IntegerSums | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`LayerOperations.adapt_backward`."""
-        if not self._take(dy_TO) or not _are_alike(adapters, dy_TO.shape[-1]):
-            return super().adapt_backward(dy_TO, adapters)
-        dx_TI = dy_TO.new_empty(len(dy_TO), adapters[0].down_RI.shape[-1])
+        if not self._take(dy_TO) or not _are_alike(adapters, dy_TO.shape[-1]) or not self._convert(base):
+            return super().adapt_backward(dy_TO, adapters, base)
+        inputs = adapters[0].down_RI.shape[-1]
+        dx_TI = base.sums_TW.view(self._dtype) if base else dy_TO.new_empty(len(dy_TO), inputs)
         dlow_TR = dy_TO.new_empty(len(dy_TO), adapters[-1].ranks.stop)
-        sizes = _sizes(adapters, dx_TI)
-        self._run("adapt_backward", dx_TI, dlow_TR, dy_TO, *_weights(adapters), *sizes, adapters[0].scale)
+        sizes = (*_sizes(adapters, dx_TI), adapters[0].scale)
+        self._run("adapt_backward", dx_TI, dlow_TR, dy_TO, *_weights(adapters), *sizes, *_meaning(base))
         return dx_TI, dlow_TR
 
     def adapter_gradients(
@@ -133,21 +140,12 @@ class NativeOperations(LayerOperations):
         self._run("to_integers", codes_TI, fine_TI, scales_T, x_TI, times_I, *x_TI.shape, block)
         return codes_TI, scales_T
 
-    def from_integers(
-        self,
-        y_TO: torch.Tensor,
-        sums_TO: torch.Tensor,
-        scales_T: torch.Tensor,
-        block: int = 1,
-        times_O: torch.Tensor | None = None,
-        *,
-        add: bool = False,
-    ) -> None:
+    def from_integers(self, y_TW: torch.Tensor, of: IntegerSums, *, add: bool = False) -> None:
         """See :meth:`LayerOperations.from_integers`."""
-        if not self._take(y_TO) or 1 < block < LANES:
-            super().from_integers(y_TO, sums_TO, scales_T, block, times_O, add=add)
+        if not self._take(y_TW) or 1 < of.block < LANES:
+            super().from_integers(y_TW, of, add=add)
             return
-        self._run("from_integers", y_TO, sums_TO, scales_T, times_O, *y_TO.shape, block, int(add))
+        self._run("from_integers", y_TW, of.sums_TW, of.scales_T, of.times_W, *y_TW.shape, of.block, int(add))
 
     def attend(
         self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout
@@ -192,6 +190,10 @@ class NativeOperations(LayerOperations):
         self._run("log_softmax", logprobs_B, chosen_B, logits_BV, targets_B, *logits_BV.shape, int(gradient))
         return logprobs_B, chosen_B
 
+    def _convert(self, base: IntegerSums | None) -> bool:
+        """Return whether kernels make numbers of such sums, in their memory."""
+        return base is None or (self._dtype == torch.float32 and base.block not in range(2, LANES))
+
     def _take(self, *values: torch.Tensor) -> bool:
         return all(v.dtype == self._dtype and v.is_contiguous() and v.shape[-1] % LANES == 0 for v in values)
 
@@ -232,6 +234,10 @@ def _are_alike(adapters: Sequence[Adapter], outputs: int) -> bool:
             for start, one in zip(starts, adapters, strict=False)
         )
     )
+
+
+def _meaning(base: IntegerSums | None) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    return (base.scales_T, base.times_W, base.block) if base else (None, None, 1)
 
 
 def _weights(adapters: Sequence[Adapter]) -> tuple[Array[Any], Array[Any]]:

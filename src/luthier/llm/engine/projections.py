@@ -44,7 +44,6 @@ class Projection:
     def __init__(self, layers: Sequence[Any], operations: LayerOperations) -> None:
         self._do = operations
         self._parts = list(_parts(layers))
-        self._outputs = self._parts[-1].outputs.stop
         self._weight = _fuse([part.linear for part in self._parts])
         self._adapters = [part.adapter for part in self._parts if part.adapter is not None]
         self._learns = any(part.is_learning for part in self._parts)
@@ -53,15 +52,10 @@ class Projection:
     def forward(
         self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the outputs (T, O), added to ``onto`` where it is given, and x A' (T, R) for the backward pass.
-
-        What an adapter adds is far smaller than what it is added to, at first: rounded to bfloat16, a sum would lose
-        it. So it is made first, and the large product is added onto it, which rounds once.
-        """
+        """Return the outputs (T, O), added to ``onto`` where it is given, and x A' (T, R) for the backward pass."""
         low_TR = None
         if self._adapters:
-            y_TO, low_TR = self._do.adapt(x_TI, self._adapters, self._outputs)
-            self._weight.times(x_TI, y_TO)
+            y_TO, low_TR = self._weight.adapted(x_TI, self._adapters, self._do)
             if onto_TO is not None:
                 y_TO += onto_TO
         else:
@@ -75,8 +69,10 @@ class Projection:
         self, dy_TO: torch.Tensor, *, input_needed: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the gradients of the input (None where it is not needed) and of x A' (T, R), None without adapters."""
-        dx_TI, dlow_TR = self._do.adapt_backward(dy_TO, self._adapters) if self._adapters else (None, None)
-        return self._weight.times_back(dy_TO, dx_TI) if input_needed else None, dlow_TR
+        if input_needed and self._adapters:
+            return self._weight.adapted_back(dy_TO, self._adapters, self._do)
+        dlow_TR = self._do.adapt_backward(dy_TO, self._adapters)[1] if self._adapters else None
+        return self._weight.times_back(dy_TO) if input_needed else None, dlow_TR
 
     def gradients(
         self, dy_TO: torch.Tensor, x_TI: torch.Tensor, low_TR: torch.Tensor | None, dlow_TR: torch.Tensor | None
