@@ -90,6 +90,21 @@ def test_the_multiplier_scales_the_derived_learning_rate() -> None:
     )
 
 
+def test_the_multiplier_scales_a_given_learning_rate_too() -> None:
+    plan = make_plan(100, learning_rate=1e-3, learning_rate_multiplier=0.3)
+    assert plan.resolved.learning_rate == pytest.approx(3e-4)
+    said = {value.name: value.reason for value in plan.reasons}["learning rate"]
+    assert said == "given, times 0.3 (learning_rate_multiplier)"
+
+
+@pytest.mark.parametrize(
+    ("mode", "rank", "scale"), [("lora", 16, 2), ("lora", 64, 2), ("rslora", 16, 2), ("rslora", 64, 1)]
+)
+def test_the_derived_alpha_suits_how_a_mode_scales(mode: str, rank: int, scale: float) -> None:
+    resolved = make_plan(100, mode=mode, lora_rank=rank).resolved
+    assert resolved.lora_alpha / (math.sqrt(rank) if mode == "rslora" else rank) == scale
+
+
 def test_precision_follows_the_machine() -> None:
     slow = MACHINE.model_copy(update={"has_fast_bfloat16": False})
     assert make_plan(50, slow).resolved.precision == "float32"

@@ -101,6 +101,7 @@ def _training_config(options: list[str], path: Path | None) -> Any:
     from pydantic import ValidationError
 
     from luthier.errors import InputError, did_you_mean
+    from luthier.records.options import options_of
     from luthier.records.training import TrainingConfig
 
     values: dict[str, Any] = {}
@@ -129,7 +130,7 @@ def _training_config(options: list[str], path: Path | None) -> Any:
             if not isinstance(inside, dict):
                 raise InputError(f"The option {name!r} goes into {key!r}, which was given as {inside!r}.")
         inside[last] = read
-    known = [name for name, _ in _flat_options(TrainingConfig)]
+    known = [option.name for option in options_of(TrainingConfig)]
     try:
         config = TrainingConfig.model_validate(values)
     except ValidationError as error:
@@ -148,26 +149,17 @@ def _training_config(options: list[str], path: Path | None) -> Any:
 
 
 def _show_options(as_json: bool) -> None:
+    from luthier.records.options import Option, options_of
     from luthier.records.training import TrainingConfig
 
     if as_json:
         show_json(TrainingConfig.model_json_schema())
         return
-    rows = [(name, field.default, field.description or "") for name, field in _flat_options(TrainingConfig)]
-    show_table(None, ("option", "default", "meaning"), rows)
+    show_table(None, Option._fields, options_of(TrainingConfig))
 
 
 def _named(**flags: str | None) -> list[str]:
     return [f"{name}={value}" for name, value in flags.items() if value is not None]
-
-
-def _flat_options(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Return every option with its dotted name, those of nested records too."""
-    found: list[tuple[str, Any]] = []
-    for name, field in record.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None)
-        found += _flat_options(field.annotation, f"{prefix}{name}.") if inner else [(prefix + name, field)]
-    return found
 
 
 def _show_plan(plan: TrainingPlan) -> None:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pydantic import Field
+
 from luthier.errors import InputError, did_you_mean
 from luthier.records.record import Record
 
 
 class Columns(Record):
-    """The names of the fields that hold more than text; None: there is no such field.
+    """The names of the fields that hold more than text; None: there is no such field."""
 
-    ``label``: the class, or the number to predict. ``weight``: what an example's loss is multiplied by, 0 or more.
-    ``group``: the group that an example is sampled by. ``margin``: by how much the preferred answer is better.
-    ``thumb``: whether an answer was liked. ``text``: the document to continue, or the text to classify.
-    """
-
-    label: str | None = None
-    weight: str | None = None
-    group: str | None = None
-    margin: str | None = None
-    thumb: str | None = None
-    text: str | None = None
+    label: str | None = Field(None, description="field with the class, or with the number to predict")
+    weight: str | None = Field(None, description="field with what an example's loss is multiplied by, 0 or more")
+    group: str | None = Field(None, description="field with the group that resample counts by")
+    margin: str | None = Field(None, description="field with how much better the preferred answer is (reward)")
+    thumb: str | None = Field(None, description="field that says whether an answer was liked (kto)")
+    text: str | None = Field(None, description="field with the document to continue, or the text to classify")
 
     def check(self, fields: Iterable[str]) -> None:
         """Refuse names that are not among the dataset's fields.

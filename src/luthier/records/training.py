@@ -39,6 +39,7 @@ METHODS_OF: dict[str, frozenset[Method]] = {
     "too_long": METHODS
     - {"raw_text", "classification", "regression"},  # these cut documents into pieces, and texts off
     "missing_end_of_turn": METHODS - {"raw_text", "classification", "regression"},
+    "empty_mask": METHODS - {"raw_text"},
 }
 MODES_OF: dict[str, frozenset[Mode]] = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_layers"), ADAPTERS),
@@ -65,8 +66,8 @@ def has_effect(option: str, method: Method, mode: Mode) -> bool:
 class TrainingConfig(Record):
     """The options of training; each ``"auto"`` is derived by the plan, with its reason.
 
-    ``learning_rate_multiplier`` scales the derived learning rate (OpenAI's meaning); a ``learning_rate`` that is
-    given is used as it is. ``max_tokens`` is the longest example in tokens (auto: the model's context length,
+    ``learning_rate_multiplier`` scales the derived learning rate (OpenAI's meaning), or the ``learning_rate`` that is
+    given. ``max_tokens`` is the longest example in tokens (auto: the model's context length,
     at most 4,096; for raw text 1,024). ``columns`` names the fields that hold labels, weights, groups, thumbs …
     """
 
@@ -84,13 +85,15 @@ class TrainingConfig(Record):
     epochs: Positive | Auto = Field(AUTO, description="passes over the training examples")
     batch_size: Count | Auto = Field(AUTO, description="examples per optimizer step")
     learning_rate: Positive | Auto = Field(AUTO, description="peak learning rate")
-    learning_rate_multiplier: float = Field(1.0, gt=0, description="scales the derived learning rate")
+    learning_rate_multiplier: float = Field(1.0, gt=0, description="scales the learning rate")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer from the top")
     warmup_share: Share | Auto = Field(AUTO, description="share of the steps with a rising learning rate")
     schedule: Schedule = Field("cosine", description="learning rate after warm-up")
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="AdamW, or with its moments in 8 bits")
     lora_rank: Count | Auto = Field(AUTO, description="rank of the low-rank adapter")
-    lora_alpha: Positive | Auto = Field(AUTO, description="scale of the adapter: alpha / rank")
+    lora_alpha: Positive | Auto = Field(
+        AUTO, description="scale of the adapter: alpha / rank, in mode rslora alpha / √rank"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
     lora_layers: tuple[str, ...] = Field((), description="names of the layers with adapters; none: all linear")
     base_bits: Literal[4, 8] = Field(4, description="bits of the frozen base in mode qlora")

@@ -83,6 +83,7 @@ STEPS_PER_EPOCH = 80
 BATCH_LOSS_TOKENS = 16_384
 BITS_PER_PARAMETER = 2  # that a trained number can know (Allen-Zhu and Li 2024, arXiv 2404.05405)
 RANKS = (16, 32, 64, 128)
+RSLORA_ALPHA = 8.0  # the same at every rank (Kalajdzievski 2023, arXiv 2312.03732): the scale falls with its root
 LAST_LAYERS_SHARE = 0.25
 RAW_TEXT_TOKENS = 1_024
 REFERENCE_LEARNING_RATE = 5e-4
@@ -180,9 +181,11 @@ def _adapter(
             reasons.note(name, value, "that of the adapter from which training goes on")
         return start
     rank = _rank(config, amount, shape, reasons)
-    alpha = config.lora_alpha if config.lora_alpha != AUTO else 2.0 * rank
+    alpha, reason = 2.0 * rank, "twice the rank, so its scale is 2"
+    if config.mode == "rslora":
+        alpha, reason = RSLORA_ALPHA, "its scale, alpha / √rank, is 2 at rank 16"
     if config.mode in ADAPTERS:
-        reasons.pick("LoRA alpha", config.lora_alpha, alpha, "twice the rank, so its scale is 2")
+        alpha = reasons.pick("LoRA alpha", config.lora_alpha, alpha, reason)
     return AdapterShape(rank=rank, alpha=alpha, dropout=config.lora_dropout)
 
 
@@ -219,16 +222,20 @@ def _learning_rate(config: TrainingConfig, shape: ModelShape, batch_size: int, r
     width = math.sqrt(REFERENCE_WIDTH / shape.width)
     batch = math.sqrt(min(1.0, batch_size / REFERENCE_BATCH))
     method = RULES[config.method].rate * (FULL_RATE if config.mode not in ADAPTERS else 1.0)
-    derived = REFERENCE_LEARNING_RATE * width * batch * method * config.learning_rate_multiplier
+    rate = REFERENCE_LEARNING_RATE * width * batch * method
     reason = (
         f"{REFERENCE_LEARNING_RATE:g} at width {REFERENCE_WIDTH} and batch {REFERENCE_BATCH}, "
         f"falling with the square root of width ({shape.width}) and of smaller batches ({batch_size})"
     )
     if method != 1.0:
         reason += f", times {method:g} for {config.method} in mode {config.mode}"
+    if config.learning_rate != AUTO:
+        rate, reason = config.learning_rate, "given"
     if config.learning_rate_multiplier != 1.0:
-        reason += f", times {config.learning_rate_multiplier:g} as given"
-    return reasons.pick("learning rate", config.learning_rate, derived, reason)
+        reason += f", times {config.learning_rate_multiplier:g} (learning_rate_multiplier)"
+    rate *= config.learning_rate_multiplier
+    reasons.note("learning rate", rate, reason)
+    return rate
 
 
 def _kto(config: TrainingConfig, amount: Amount, reasons: Reasons) -> KtoOptions:

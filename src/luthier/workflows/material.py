@@ -336,7 +336,8 @@ def _start(store: Store, request: TrainRequest) -> tuple[BaseModelInfo, Path | N
     if "adapter" not in tuned.artifacts:
         raise InputError(
             f"{tuned.name} was trained whole and has no adapter to go on from.",
-            hint="pull its merged form as a base: luthier model export NAME merged, then luthier model pull FOLDER",
+            hint="pull its merged form as a base: "
+            "luthier model export NAME --form merged --to FOLDER, then luthier model pull FOLDER",
         )
     base = store.models.base(tuned.base)
     _check_kind(base, request.options)
