@@ -53,7 +53,7 @@ def main() -> None:
         plan = plan_training(Material(units, units[:4], RenderReport()), config, sizes, machine)
         with TemporaryDirectory() as scratch:
             job = TrainingJob(plan, units, units[:4], folder, info.id, Path(scratch), base_sha256=info.sha256)
-            found = measured_plan(job, config)
+            found = measured_plan(job, config, machine)
         estimated, measured = plan.memory_bytes / 1e9, found.memory_bytes / 1e9
         print(f"| {name} | {estimated:.2f} GB | {measured:.2f} GB | {estimated / measured:.2f} |", flush=True)
 

@@ -39,7 +39,7 @@ def run(prepared: dict[str, Any], steps: int, seed: int, folder: Path, *, by_def
     train(job, lambda _: ends.append((time.perf_counter(), time.process_time())), lambda: None)
     seen, size = visits(prepared, steps, seed), prepared["batch"]
     batches = [seen[first : first + size] for first in range(0, len(seen), size)]
-    rows = [row for batch in batches for row in rows_of([units[i] for i in batch], plan.shared_prefix, plan.resolved)]
+    rows = [row for batch in batches for row in rows_of([units[i] for i in batch], plan)]
     tokens = [sum(real_tokens(prepared["train"][i]) for i in batch) for batch in batches]
     return {
         "step_ends": ends,

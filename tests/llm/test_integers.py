@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from luthier.llm.base_config import ROW_FAMILIES
 from luthier.llm.engine.gradual import Holding, hold
+from luthier.llm.engine.held_linear import HeldLinear
 from luthier.llm.engine.integers import IntegerWeight
 from luthier.llm.engine.layer_operations import FINER, Adapter, IntegerSums, LayerOperations, turned
 from luthier.llm.engine.native_operations import NativeOperations, operations_for
-from luthier.llm.engine.quantised import QuantisedLinear
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.engine.target_logprobs import Head, target_logprobs
@@ -242,7 +242,7 @@ def test_a_fused_decoder_multiplies_as_the_layers_themselves_do(family: str, rec
 @pytest.mark.parametrize("holding", [INTEGERS, Holding(torch.float32, 8)], ids=["integers", "8 bits"])
 def test_a_layer_takes_any_number_of_tokens(holding: Holding, shape: tuple[int, ...]) -> None:
     weight = numbers(40, 96)
-    layer = QuantisedLinear(holding.held(weight), torch.float32, torch.nn.Parameter(numbers(40)))
+    layer = HeldLinear(holding.held(weight), torch.float32, torch.nn.Parameter(numbers(40)))
     x = numbers(*shape).requires_grad_()
     found = layer(x)
     assert found.shape == (*shape[:-1], 40)
@@ -302,7 +302,7 @@ def test_an_encoder_learns_over_integers() -> None:
     model = tiny(AutoModelForSequenceClassification, "bert", num_labels=3)
     exact = adapted(tiny(AutoModelForSequenceClassification, "bert", num_labels=3))
     hold(model, INTEGERS)
-    assert type(model.bert.encoder.layer[0].output.dense) is QuantisedLinear
+    assert type(model.bert.encoder.layer[0].output.dense) is HeldLinear
     assert type(model.classifier) is torch.nn.Linear
     tokens = torch.randint(1, 120, (4, 12), generator=torch.Generator().manual_seed(1))
     logits, expected = adapted(model)(input_ids=tokens).logits, exact(input_ids=tokens).logits

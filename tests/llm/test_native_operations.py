@@ -72,6 +72,19 @@ def test_norms(native: NativeOperations, dtype: torch.dtype, threads: int, width
     assert_close(found, TORCH.norm_backward(dy.float(), x.float(), exact, 1e-5, onto.float()), dtype)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_norms_of_heads(native: NativeOperations, dtype: torch.dtype, tokens: int) -> None:
+    qkv = numbers(tokens, 6, 32, dtype=dtype)
+    heads, weight = qkv[:, :4], numbers(32, dtype=torch.float32, seed=1)  # of one token they lie side by side
+    assert_close(native.norm(heads, weight, 1e-5), TORCH.norm(heads.float(), weight.to(dtype).float(), 1e-5), dtype)
+
+
+def test_a_kernel_is_not_called_with_another_number_of_arguments(native: NativeOperations, dtype: torch.dtype) -> None:
+    x = numbers(4, 16, dtype=dtype)
+    with pytest.raises(ValueError, match="shorter"):
+        native._run("gated", x, x, 4)
+
+
 def test_the_gate(native: NativeOperations, dtype: torch.dtype, threads: int) -> None:
     gate_up, dy = numbers(37, 160, dtype=dtype) * 4, numbers(37, 80, dtype=dtype, seed=1)
     gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -90.0])
@@ -273,3 +286,8 @@ def test_kernels_are_compiled_once(tmp_path: Path) -> None:
     assert names[0].name == "kernels.so"
     assert not names[0].exists()
     assert names[1] == next(tmp_path.rglob("*.so"))
+    size = names[1].stat().st_size
+    names[1].write_bytes(b"half written")
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert Path(found).name == "kernels.so"  # compiled again, with the same flags
+    assert [path.stat().st_size for path in tmp_path.rglob("*.so*")] == [size]

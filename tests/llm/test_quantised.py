@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from luthier.llm.engine.gradual import Holding, hold
-from luthier.llm.engine.quantised import BLOCK, NF4, Bits, QuantisedLinear, quantisable, quantise
+from luthier.llm.engine.held_linear import HeldLinear, holdable
+from luthier.llm.engine.quantised import BLOCK, NF4, Bits, quantise
 from luthier.llm.engine.torch_model import load_base
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -25,8 +26,8 @@ def layer(outputs: int = 48, inputs: int = 80, *, bias: bool = True) -> torch.nn
     return torch.nn.Linear(inputs, outputs, bias=bias)
 
 
-def in_few_bits(linear: torch.nn.Linear, bits: Bits) -> QuantisedLinear:
-    return QuantisedLinear(quantise(linear.weight, bits), linear.weight.dtype, linear.bias)
+def in_few_bits(linear: torch.nn.Linear, bits: Bits) -> HeldLinear:
+    return HeldLinear(quantise(linear.weight, bits), linear.weight.dtype, linear.bias)
 
 
 def test_nf4_is_made_of_quantiles_of_the_normal_distribution() -> None:
@@ -166,7 +167,7 @@ def test_a_change_of_number_type_leaves_the_codes_and_scales(bits: Bits) -> None
 def test_a_model_is_quantised_but_for_its_embeddings_and_head(bits: Bits, tiny_base: Path) -> None:
     model = load_base(tiny_base, "float32")
     hold(model, Holding(torch.float32, bits))
-    held = [module.held for module in model.modules() if isinstance(module, QuantisedLinear)]
+    held = [module.held for module in model.modules() if isinstance(module, HeldLinear)]
     assert len(held) == 2 * 7
     before = 4 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert sum(weight.bytes for weight in held) / before <= {4: 0.15, 8: 0.27}[bits]
@@ -178,7 +179,7 @@ def test_a_head_a_shared_weight_and_what_is_skipped_stay_whole() -> None:
     blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"mlp": layer(8, 8), "score": layer(8, 8)}) for _ in range(2))
     model = torch.nn.ModuleDict({"layers": blocks, "head": layer(8, 8)})
     blocks[1]["mlp"].weight = model["head"].weight
-    assert list(quantisable(model)) == ["layers.0.mlp"]
+    assert list(holdable(model)) == ["layers.0.mlp"]
 
 
 @BITS

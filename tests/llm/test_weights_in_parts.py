@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from luthier.llm.base_bits import read_base_bits, write_base_bits
-from luthier.llm.base_config import FUSED_TYPES
 from luthier.llm.engine import quantised, weight_files
-from luthier.llm.engine.fused_decoder import FAMILIES
 from luthier.llm.engine.gradual import Holding
+from luthier.llm.engine.held_linear import HeldLinear, holdable
 from luthier.llm.engine.merging import save_merged, save_whole
-from luthier.llm.engine.quantised import QuantisedLinear, quantisable, quantise
+from luthier.llm.engine.quantised import quantise
 from luthier.llm.engine.torch_model import load_base, load_held, load_with_adapter
 from luthier.llm.engine.weight_files import WeightFiles, save_weights
 
@@ -81,11 +80,11 @@ def test_layers_in_few_bits_hold_what_the_files_say(tmp_path: Path, family: str,
     kind = AutoModelForSequenceClassification if family == "bert" else AutoModelForCausalLM
     whole = load_base(folder, "float32", kind=kind)
     held = load_held(folder, Holding(torch.bfloat16, 4, rounded=rounded), kind=kind)
-    names = list(quantisable(whole))
+    names = list(holdable(whole))
     assert len(names) == (14 if family == "llama" else 12)
     for name in names:
         expected = quantise(whole.get_submodule(name).weight, 4).whole(torch.bfloat16)
-        assert isinstance(held.get_submodule(name), QuantisedLinear) != rounded
+        assert isinstance(held.get_submodule(name), HeldLinear) != rounded
         assert torch.equal(held.get_submodule(name).weight, expected)
     assert {parameter.dtype for parameter in held.parameters()} == {torch.bfloat16}
     assert held.base_bits == 4
@@ -237,7 +236,3 @@ def test_neither_loading_in_few_bits_nor_merging_holds_the_base(tiny_base: Path,
     assert peaks["quantised"] < size
     assert peaks["merged"] < size
     assert len(WeightFiles(tmp_path / "merged").names) == len(WeightFiles(base).names)
-
-
-def test_the_plan_knows_the_families_that_run_fused() -> None:
-    assert FUSED_TYPES == FAMILIES

@@ -15,8 +15,8 @@ from luthier.errors import InputError
 from luthier.evaluate.engine import scoring
 from luthier.evaluate.engine.scoring import Scorer
 from luthier.llm.base_bits import read_base_bits
+from luthier.llm.engine.held_linear import HeldLinear
 from luthier.llm.engine.merging import save_merged
-from luthier.llm.engine.quantised import QuantisedLinear
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.engine.torch_model import load_base
 from luthier.llm.rows import pack
@@ -54,7 +54,7 @@ def test_an_adapter_says_in_how_many_bits_its_base_was(tiny_base: Path, tmp_path
 def test_training_goes_on_over_the_base_that_the_adapter_knows(tiny_base: Path, tmp_path: Path, mode: str) -> None:
     first, adapter = adapter_over_four_bits(tiny_base, tmp_path)
     going_on = trainable(tiny_base, tmp_path, adapter, mode=mode)
-    assert any(isinstance(module, QuantisedLinear) for module in going_on.model.modules()) == (mode == "qlora")
+    assert any(isinstance(module, HeldLinear) for module in going_on.model.modules()) == (mode == "qlora")
     assert torch.allclose(losses(going_on), losses(first), rtol=1e-6, atol=1e-6)
     save_best(tmp_path / "on", going_on.model, "tiny")
     assert read_base_bits(tmp_path / "on" / BEST) == 4

@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.engine.torch_model import load_base
-from luthier.llm.rows import shared_prefix
 from luthier.records.objectives import DpoOptions, KtoOptions, OrpoOptions, RewardOptions, SupervisedOptions
 from luthier.templates.renderer import TokenizedExample, TokenizedPair
 from luthier.train.engine.objectives.kto import Kto
@@ -61,7 +60,7 @@ def texts() -> list[TokenizedExample]:
 def make(method: str, model: Any, tokens_per_row: int = WIDE) -> Any:
     rows = RowModel(model)
     objectives = {
-        "supervised": lambda: Supervised(rows, SupervisedOptions(), shared_prefix(singles()), tokens_per_row),
+        "supervised": lambda: Supervised(rows, SupervisedOptions(), tokens_per_row),
         "dpo": lambda: Dpo(rows, DpoOptions(beta=0.3), tokens_per_row),
         "ipo": lambda: Dpo(rows, DpoOptions(loss="ipo"), tokens_per_row),
         "orpo": lambda: Orpo(rows, OrpoOptions(beta=0.4), tokens_per_row),

@@ -20,11 +20,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.engine.torch_model import load_base
-from luthier.llm.rows import shared_prefix
 from luthier.records.objectives import DpoOptions, KtoOptions, OrpoOptions, RewardOptions, SupervisedOptions
-from luthier.templates.renderer import TokenizedExample, TokenizedPair
+from luthier.templates.renderer import TokenizedExample, TokenizedPair, Unit
 from luthier.train.engine.objectives.kto import Kto
-from luthier.train.engine.objectives.objective import Objective, Unit
+from luthier.train.engine.objectives.objective import Objective
 from luthier.train.engine.objectives.preference import Dpo, Orpo, Reward, log_odds
 from luthier.train.engine.objectives.supervised import Supervised
 
@@ -167,7 +166,7 @@ def test_supervised_is_sft_of_trl(tiny_base: Path, tmp_path: Path, full: bool, s
         for index, row in enumerate(rows)
     ]
     model = our_model(tiny_base, full=full)
-    objective = Supervised(RowModel(model), SupervisedOptions(label_smoothing=smoothing), 0, WIDE)
+    objective = Supervised(RowModel(model), SupervisedOptions(label_smoothing=smoothing), WIDE)
     agree(objective, units, model, theirs(trainer, rows))
     agree(objective, units[:1], model, theirs(trainer, rows[:1]))
 
@@ -198,13 +197,13 @@ def test_weights_are_those_of_every_target_token_in_plain_cross_entropy(tiny_bas
         weights += unit.weight * sum(unit.loss_mask)
     (total / weights).backward()
     model = our_model(tiny_base)
-    objective = Supervised(RowModel(model), SupervisedOptions(label_smoothing=smoothing), shared_prefix(units), WIDE)
+    objective = Supervised(RowModel(model), SupervisedOptions(label_smoothing=smoothing), WIDE)
     agree(objective, units, model, (float(total.detach()) / weights, gradients(plain)))
 
 
 def test_held_out_loss_is_without_label_smoothing(tiny_base: Path) -> None:
     units, model = weighted_examples(), our_model(tiny_base)
-    smoothed, plain = (Supervised(RowModel(model), SupervisedOptions(label_smoothing=e), 0, WIDE) for e in (0.2, 0.0))
+    smoothed, plain = (Supervised(RowModel(model), SupervisedOptions(label_smoothing=e), WIDE) for e in (0.2, 0.0))
     assert ours(smoothed, units, model, training=False)[0] == ours(plain, units, model)[0]
 
 

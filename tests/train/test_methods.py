@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from luthier.errors import ConflictError, InputError, RunStopped
+from luthier.errors import CapacityError, ConflictError, InputError, RunStopped
 from luthier.llm.base_config import read_adapter
 from luthier.llm.engine.row_model import RowModel
 from luthier.llm.engine.torch_model import load_base
@@ -117,6 +117,36 @@ def test_a_method_learns_a_rule(base: str, method: str, request: Any, tmp_path: 
     ]
     prepared = [note.share for note in notes if isinstance(note, PreparationNote)]
     assert (prepared[-1:] == [1.0]) == (method in ("dpo", "ipo", "kto"))
+
+
+@pytest.mark.parametrize("method", ["supervised", "kto"])
+def test_a_test_side_that_begins_otherwise_is_measured_as_it_is(method: str, tiny_base: Path, tmp_path: Path) -> None:
+    def otherwise(unit: TokenizedExample) -> TokenizedExample:
+        return replace(unit, tokens=[9, *unit.tokens[2:]], loss_mask=unit.loss_mask[1:])
+
+    test = [otherwise(unit) for unit in units(6, method, first=60)]
+    job = replace(make_job(tiny_base, tmp_path / "all", epochs=1, **METHODS[method]), test=test)
+    assert job.plan.shared_prefix == 4
+    result = run(job)[2]
+    assert result is not None
+    if method == "supervised":
+        apart = [run(replace(job, test=[one], folder=tmp_path / one.example_id))[2] for one in test]
+        losses = [one.test_metrics["loss"] for one in apart if one is not None]
+        assert result.test_metrics["loss"] == pytest.approx(sum(losses) / len(test), rel=1e-5)
+    narrow = replace(job, folder=tmp_path / "narrow")
+    plan = job.plan.model_copy(update={"resolved": job.plan.resolved.model_copy(update={"tokens_per_row": 2})})
+    one_by_one = run(replace(narrow, plan=plan))[2]
+    assert one_by_one is not None
+    assert result.test_metrics == pytest.approx(one_by_one.test_metrics, rel=1e-4)
+
+
+def test_a_step_without_memory_says_what_would_fit(tiny_base: Path, tmp_path: Path) -> None:
+    def no_memory(metrics: StepMetrics) -> None:
+        raise MemoryError("no memory for attend")
+
+    with pytest.raises(CapacityError, match="A step of 1,024 tokens ran out of memory: no memory for attend") as ended:
+        train(make_job(tiny_base, tmp_path), no_memory, lambda: None)
+    assert "memory" in (ended.value.hint or "")
 
 
 RANDOM = {"supervised": {"neftune_alpha": 5.0}, "lora_dropout": 0.2}

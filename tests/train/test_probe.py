@@ -72,13 +72,13 @@ def test_a_plan_has_what_its_steps_took_once_they_fit(tiny_base: Path, tmp_path:
     before = score(os.getpid())
     said: list[str] = []
     with each_child(kill_the_first) as scores:
-        plan = measured_plan(job, TrainingConfig(), said.append)
+        plan = measured_plan(job, TrainingConfig(), MACHINE, said.append)
     assert said == ["Trying steps of 1,024 tokens", "Trying steps of 512 tokens"]
     assert scores == [0, 1000]  # where memory runs out, the system ends the steps and not the run
     assert score(os.getpid()) == before
     assert plan.measured is not None
     assert plan.resolved == job.plan.resolved.model_copy(update={"tokens_per_row": 512})
-    assert plan.reasons[-1].reason == "measured to fit"
+    assert plan.reasons[-1].reason == "halved to fit the memory"
     assert 50e6 < plan.measured.peak_bytes < 4e9
     assert plan.memory_bytes == plan.measured.peak_bytes + plan.data_bytes
     assert plan.data_bytes > 0
@@ -94,7 +94,7 @@ def test_a_plan_has_what_its_steps_took_once_they_fit(tiny_base: Path, tmp_path:
 def test_steps_that_the_system_kills_do_not_fit(tiny_base: Path, tmp_path: Path) -> None:
     job = make_job(tiny_base, tmp_path, tokens_per_row=2, recompute=True)
     with each_child(kill_the_first) as killed, pytest.raises(CapacityError, match="out of memory") as refused:
-        measured_plan(job, TrainingConfig())
+        measured_plan(job, TrainingConfig(), MACHINE)
     assert killed == [0]
     assert "more memory" in (refused.value.hint or "")
 
@@ -102,7 +102,7 @@ def test_steps_that_the_system_kills_do_not_fit(tiny_base: Path, tmp_path: Path)
 def test_what_a_user_has_chosen_is_not_made_smaller(tiny_base: Path, tmp_path: Path) -> None:
     job = make_job(tiny_base, tmp_path, tokens_per_row=1024, recompute=False)
     with each_child(kill_the_first) as killed, pytest.raises(CapacityError, match=r"1,024 tokens.*out of memory"):
-        measured_plan(job, TrainingConfig(tokens_per_row=1024, recompute=False))
+        measured_plan(job, TrainingConfig(tokens_per_row=1024, recompute=False), MACHINE)
     assert killed == [0]
 
 
@@ -111,13 +111,13 @@ def test_another_end_of_the_steps_is_no_lack_of_memory(tiny_base: Path, tmp_path
         os.kill(pid, signal.SIGTERM)
 
     with each_child(end), pytest.raises(EngineError, match="ended with -15"):
-        measured_plan(make_job(tiny_base, tmp_path), TrainingConfig())
+        measured_plan(make_job(tiny_base, tmp_path), TrainingConfig(), MACHINE)
 
 
 def test_what_the_steps_cannot_learn_is_said_as_in_a_run(tiny_base: Path, tmp_path: Path) -> None:
     job = replace(make_job(tiny_base, tmp_path), start_adapter=tmp_path)
     with pytest.raises(InputError, match="does not fit this base"):
-        measured_plan(job, TrainingConfig())
+        measured_plan(job, TrainingConfig(), MACHINE)
 
 
 def job_with(base: Path, folder: Path, validation: list[Any]) -> TrainingJob:

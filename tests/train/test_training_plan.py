@@ -12,9 +12,17 @@ from pydantic import ValidationError
 from luthier.errors import CapacityError, InputError
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.objectives import KtoOptions
-from luthier.records.training import TrainingConfig, TrainingPlan
+from luthier.records.training import Measured, TrainingConfig, TrainingPlan
 from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
-from luthier.train.plan import SECONDS_TO_START, Material, computed_tokens, plan_training, validations
+from luthier.train.plan import (
+    SECONDS_TO_START,
+    Material,
+    computed_tokens,
+    plan_training,
+    smaller,
+    validations,
+    with_measured,
+)
 
 SHAPE = ModelShape(
     layers=30,
@@ -271,10 +279,10 @@ def test_validations_sample_answers_and_the_test_are_in_the_time() -> None:
     full = replace(bare, validation=examples(8), test=examples(16), sample_prompts=[30, 50], sample_tokens=10)
     without, found = (plan_training(material, config, SHAPE, MACHINE) for material in (bare, full))
     assert without.forward_tokens == 0
-    one = computed_tokens(full.validation, 4, found.resolved)  # batch by batch
+    one = computed_tokens(full.validation, found.resolved, share=True)  # batch by batch
     assert passes(found) == {
         "validation": 4 * one,
-        "test": computed_tokens(full.test, 4, found.resolved),
+        "test": computed_tokens(full.test, found.resolved, share=True),
         "sample answers": 4 * (80 + 2 * 10),
     }
     assert found.forward_tokens == sum(passes(found).values())
@@ -296,6 +304,41 @@ def test_the_drift_of_thumbs_is_in_the_time() -> None:
     plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
     learned = plan.computed_tokens_per_epoch
     assert passes(plan) == {"reference": 2 * learned, "drift": int(plan.resolved.epochs) * learned}
+
+
+def test_measured_steps_of_thumbs_have_their_drift_in_them() -> None:
+    thumbs = [replace(example, label=float(i % 2)) for i, example in enumerate(examples(20))]
+    plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
+    learned = plan.computed_tokens_per_epoch
+    found = with_measured(plan, Measured(tokens=learned, seconds=150.0, peak_bytes=10**9))
+    # Of 150 seconds a pass 100 are steps and 50 the drift; the reference, of two answers, takes 100 once.
+    assert found.seconds == pytest.approx(SECONDS_TO_START + 150 * plan.resolved.epochs + 100, rel=1e-3)
+
+
+def test_thumbs_share_what_their_prompts_share() -> None:
+    thumbs = [replace(example, label=float(i % 2)) for i, example in enumerate(examples(64))]
+    plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
+    assert plan.shared_prefix == 4
+    assert plan.computed_tokens_per_epoch < plan.tokens_per_epoch
+
+
+def test_numbers_that_had_to_be_changed_say_so() -> None:
+    plan = make_plan(3, length=40, batch_size=16, tokens_per_row=20, mode="last_layers", last_layers=500)
+    found = {reason.name: (reason.value, reason.reason) for reason in plan.reasons}
+    assert found["batch size"] == ("3", "16 (given) is cut to the examples that there are")
+    assert found["tokens per row"] == (str(plan.longest_example), "20 (given) is raised to the longest example")
+    assert found["last layers"] == (str(SHAPE.layers), "500 (given) is cut to all layers")
+
+
+def test_what_does_not_fit_gives_up_rows_then_time_then_numbers() -> None:
+    slow = MACHINE.model_copy(update={"has_fast_bfloat16": False, "bfloat16_speed": 0.5})
+    resolved, given_up = make_plan(8, slow).resolved, []
+    while (less := smaller(resolved, TrainingConfig(), 300, slow)) is not None:
+        resolved, reason = less
+        given_up.append((reason.name, reason.value))
+    rows = [("tokens per row", "512"), ("tokens per row", "300")]
+    assert given_up == [*rows, ("recompute", "yes"), ("precision", "bfloat16")]
+    assert smaller(resolved, TrainingConfig(tokens_per_row=1024, recompute=False), 300, slow) is None
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,20 @@ class TokenizedPair:
     margin: float = 0.0
 
 
+Unit = TokenizedExample | TokenizedPair
+"""What a batch counts, an order shuffles and a validation holds out."""
+
+
+def sides_of(unit: Unit) -> tuple[TokenizedExample, ...]:
+    """Return what goes through a model for a unit: itself, or both answers of a pair."""
+    return (unit.chosen, unit.rejected) if isinstance(unit, TokenizedPair) else (unit,)
+
+
+def tokens_of(unit: Unit) -> int:
+    """Return how many tokens a unit has, as if nothing were shared or padded."""
+    return sum(len(side.tokens) for side in sides_of(unit))
+
+
 @dataclass
 class RenderReport:
     """What was rendered, dropped, truncated or repaired."""

@@ -7,6 +7,7 @@ defaults that a person can read and overrule; ``docs/training.md`` lists them.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -101,8 +102,27 @@ class Reasons:
     def pick(self, name: str, given: T | Literal["auto"], value: T, reason: str) -> T:
         """Return what was given, or ``value`` where it is ``auto``; note either with its reason."""
         if given != AUTO:
-            self.note(name, given, "given")
-            return given
+            value, reason = given, "given"
+        self.note(name, value, reason)
+        return value
+
+    def pick_within(
+        self,
+        name: str,
+        given: int | Literal["auto"],
+        value: int,
+        reason: str,
+        *,
+        least: tuple[int, str] = (1, ""),
+        most: tuple[int, str] = (sys.maxsize, ""),
+    ) -> int:
+        """Return the same within bounds, of which each says what it is; note where one made it another number."""
+        if given != AUTO:
+            value, reason = given, "given"
+        if value < least[0]:
+            value, reason = least[0], f"{value:,} ({reason}) is raised to {least[1]}"
+        if value > most[0]:
+            value, reason = most[0], f"{value:,} ({reason}) is cut to {most[1]}"
         self.note(name, value, reason)
         return value
 
@@ -129,7 +149,10 @@ def resolve(
             f"with {amount.loss_tokens:,} learned tokens",
         )
     )
-    batch_size = min(examples, reasons.pick("batch size", config.batch_size, _batch_size(amount), _BATCH_REASON))
+    all_examples = (examples, "the examples that there are")
+    batch_size = reasons.pick_within(
+        "batch size", config.batch_size, _batch_size(amount), _BATCH_REASON, most=all_examples
+    )
     steps = max(1, math.ceil(examples * epochs / batch_size))
     adapter = _adapter(config, amount, shape, start, reasons)
     learning_rate = _learning_rate(config, shape, batch_size, reasons)
@@ -263,13 +286,15 @@ def _last_layers(config: TrainingConfig, shape: ModelShape, reasons: Reasons) ->
         return 0
     some = max(1, round(LAST_LAYERS_SHARE * shape.layers))
     reason = f"a quarter of the {shape.layers} layers: what the task needs is mostly there"
-    return min(shape.layers, reasons.pick("last layers", config.last_layers, some, reason))
+    return reasons.pick_within("last layers", config.last_layers, some, reason, most=(shape.layers, "all layers"))
 
 
 def _tokens_per_row(config: TrainingConfig, longest: int, machine: Machine, reasons: Reasons) -> int:
     usual = 1024 if machine.device == "cpu" else 8192
-    reason = f"rows of {usual:,} tokens keep this {machine.device} busy; never under the longest example ({longest:,})"
-    return max(longest, reasons.pick("tokens per row", config.tokens_per_row, max(usual, longest), reason))
+    reason = f"rows of {usual:,} tokens keep this {machine.device} busy"
+    return reasons.pick_within(
+        "tokens per row", config.tokens_per_row, usual, reason, least=(longest, "the longest example")
+    )
 
 
 def _precision(config: TrainingConfig, machine: Machine, reasons: Reasons) -> Precision:

@@ -10,20 +10,19 @@ from luthier.llm.rows import Row, pack, pack_groups, shared_prefix
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.objectives import product
 from luthier.records.training import AUTO, AdapterShape, Derived, Measured, Resolved, TrainingConfig, TrainingPlan
-from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair
+from luthier.templates.renderer import RenderReport, TokenizedExample, TokenizedPair, Unit, sides_of, tokens_of
 from luthier.templates.spool import Spooled
 from luthier.train.hyperparameters import Amount, resolve
 from luthier.train.memory import data_bytes, largest_base, least_need, main_memory_need, memory_need, ways_to_fit
 
 USEFUL_SHARE = 0.4  # of the measured matrix rate that a whole training step reaches, where no step was measured
 SECONDS_TO_START = 8.0
+SURELY_OVER = 1.2  # what ran out of memory is taken to need so much more than there is
 PADDED = Derived(
     name="batches",
     value="padded",
     reason="texts of similar length go together: this model cannot keep texts of that length apart in one row",
 )
-
-Unit = TokenizedExample | TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def plan_training(
 ) -> TrainingPlan:
     """Return the plan of a training run, perhaps one that goes on from an adapter (``start``).
 
-    Where it would not fit, rows are shortened first, then layers recomputed, then numbers narrowed to bfloat16.
+    Where it would not fit, something is given up (:func:`smaller`).
 
     Raises:
         InputError: there are fewer than two examples.
@@ -70,13 +69,12 @@ def plan_training(
     thumbs = (_weight(units, liked=True), _weight(units, liked=False)) if config.method == "kto" else (0.0, 0.0)
     amount = Amount(len(units), sizes.loss_tokens, sizes.longest, *thumbs)
     resolved, steps, reasons = resolve(config, amount, shape, machine, start)
-    takes_rows = resolved.max_tokens <= shape.rows_up_to
-    prefix = _prefix(units, material.validation) if takes_rows else 0
+    takes_rows = _takes_rows(resolved, shape)
     reasons += [] if takes_rows else [PADDED]
     on_gpu = machine.main_memory_bytes is not None
     resolved = _fitted(resolved, config, sizes, shape, machine, reasons)
-    computed = computed_tokens(units, prefix, resolved)
-    passes = list(_forward_passes(material, computed, prefix, resolved, steps))
+    computed = computed_tokens(units, resolved, share=takes_rows)
+    passes = list(_forward_passes(material, computed, resolved, steps, share=takes_rows))
     reasons += [passed.reason for passed in passes]
     plan = TrainingPlan(
         examples=len(units),
@@ -85,7 +83,7 @@ def plan_training(
         loss_tokens_per_epoch=sizes.loss_tokens,
         computed_tokens_per_epoch=computed,
         longest_example=sizes.longest,
-        shared_prefix=prefix,
+        shared_prefix=_prefix(units) if takes_rows else 0,
         dropped=dict(material.report.dropped),
         truncated=material.report.truncated,
         steps=steps,
@@ -115,7 +113,10 @@ def with_measured(plan: TrainingPlan, measured: Measured) -> TrainingPlan:
     peak = measured.peak_bytes + (plan.data_bytes if plan.machine_main_memory_bytes is None else 0)
     found = plan.model_copy(update={"measured": measured, "memory_bytes": peak})
     if plan.shape is not None:
-        found = found.model_copy(update={"seconds": _seconds(plan, plan.shape, measured.seconds / measured.tokens)})
+        # A step of KTO has its pass over other answers in it, which the plan counts by itself.
+        beside = 2 / _operations(plan.resolved, plan.shape) if plan.resolved.method == "kto" else 0.0
+        rate = measured.seconds / (measured.tokens * (1 + beside))
+        found = found.model_copy(update={"seconds": _seconds(plan, plan.shape, rate)})
     refuse_what_cannot_fit(found)
     return found
 
@@ -141,6 +142,15 @@ def refuse_what_cannot_fit(plan: TrainingPlan) -> None:
         )
 
 
+def out_of_memory(plan: TrainingPlan, detail: str) -> CapacityError:
+    """Return the error of steps that found no memory, with what would make them fit, whatever the plan had thought."""
+    over = max(plan.memory_bytes, int(plan.machine_memory_bytes * SURELY_OVER))
+    return CapacityError(
+        f"A step of {plan.resolved.tokens_per_row:,} tokens ran out of memory: {detail}",
+        hint=_hint(plan.model_copy(update={"memory_bytes": over})),
+    )
+
+
 def _main_memory_hint(plan: TrainingPlan, free: int) -> str:
     if plan.shape is not None:
         on_gpu = plan.machine_main_memory_bytes is not None
@@ -164,17 +174,26 @@ def _hint(plan: TrainingPlan) -> str:
     )
 
 
-def computed_tokens(units: Sequence[Unit], prefix: int, resolved: Resolved) -> int:
+def computed_tokens(units: Sequence[Unit], resolved: Resolved, *, share: bool) -> int:
     """Return how many tokens go through the model for these units, packed batch by batch."""
     batches = (units[first : first + resolved.batch_size] for first in range(0, len(units), resolved.batch_size))
-    return sum(len(row.tokens) for batch in batches for row in rows_of(batch, prefix, resolved))
+    return sum(len(row.tokens) for batch in batches for row in _rows(batch, resolved, share=share))
 
 
-def rows_of(batch: Sequence[Unit], prefix: int, resolved: Resolved) -> list[Row]:
-    """Return the rows that a batch goes through the model in."""
+def rows_of(batch: Sequence[Unit], plan: TrainingPlan) -> list[Row]:
+    """Return the rows that a batch goes through a plan's model in."""
+    return _rows(batch, plan.resolved, share=plan.shape is None or _takes_rows(plan.resolved, plan.shape))
+
+
+def _takes_rows(resolved: Resolved, shape: ModelShape) -> bool:
+    return resolved.max_tokens <= shape.rows_up_to
+
+
+def _rows(batch: Sequence[Unit], resolved: Resolved, *, share: bool) -> list[Row]:
     pairs = [unit for unit in batch if isinstance(unit, TokenizedPair)]
     if not pairs:
-        return pack([unit for unit in batch if isinstance(unit, TokenizedExample)], prefix, resolved.tokens_per_row)
+        examples = [unit for unit in batch if isinstance(unit, TokenizedExample)]
+        return pack(examples, shared_prefix(examples) if share else 0, resolved.tokens_per_row)
     sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     return pack_groups(sides, [(2 * i, 2 * i + 1) for i in range(len(pairs))], resolved.tokens_per_row)
 
@@ -195,7 +214,7 @@ class _Sizes:
         for side in (material.examples, material.validation, material.test):
             in_memory = not isinstance(side, Spooled)
             for unit in side:
-                mine = _tokens(unit)
+                mine = tokens_of(unit)
                 longest = max(longest, _length(unit))
                 units, held_tokens = units + in_memory, held_tokens + mine * in_memory
                 if side is material.examples:
@@ -210,7 +229,7 @@ class _ForwardPass:
 
 
 def _forward_passes(
-    material: Material, learned: int, prefix: int, resolved: Resolved, steps: int
+    material: Material, learned: int, resolved: Resolved, steps: int, *, share: bool
 ) -> Iterator[_ForwardPass]:
     """Yield what goes through the model in a run without being learned; ``learned`` tokens are learned in each pass."""
 
@@ -218,7 +237,7 @@ def _forward_passes(
         return _ForwardPass(int(tokens), Derived(name=name, value=f"{int(tokens):,} tokens", reason=reason))
 
     looks = validations(resolved, steps, len(material.examples), epoch_weights=material.epoch_weights)
-    validated, tested = (computed_tokens(side, prefix, resolved) for side in (material.validation, material.test))
+    validated, tested = (computed_tokens(side, resolved, share=share) for side in (material.validation, material.test))
     if validated:
         yield passed("validation", looks * validated, f"{looks} times the validation side, forward only")
     if tested:
@@ -270,33 +289,43 @@ def _fitted(
     machine: Machine,
     reasons: list[Derived],
 ) -> Resolved:
-    """Return the numbers with rows shortened, then layers recomputed, then narrow numbers, as far as it takes."""
-    longest, data = sizes.longest, sizes.held if machine.main_memory_bytes is None else 0
-
-    def fits(found: Resolved) -> bool:
-        return memory_need(found, shape, data).at(found.tokens_per_row) <= machine.memory_bytes
-
-    while not fits(resolved) and config.tokens_per_row == AUTO and resolved.tokens_per_row > longest:
-        shorter = max(longest, resolved.tokens_per_row // 2)
-        resolved = resolved.model_copy(update={"tokens_per_row": shorter})
-        reasons.append(Derived(name="tokens per row", value=str(shorter), reason="halved to fit the memory"))
-    if not fits(resolved) and config.recompute == AUTO:
-        resolved = resolved.model_copy(update={"recompute": True})
-        reason = "layers are computed again in the backward pass (a third more work) to fit the memory"
-        reasons.append(Derived(name="recompute", value="yes", reason=reason))
-    if not fits(resolved) and config.precision == AUTO and machine.bfloat16_speed:
-        resolved = resolved.model_copy(update={"precision": "bfloat16"})
-        reason = f"half of float32's memory, at {machine.bfloat16_speed:.2f} times its rate, to fit the memory"
-        reasons.append(Derived(name="precision", value="bfloat16", reason=reason))
+    """Return the numbers with as much given up as it takes, by the estimate, to fit the memory."""
+    data = sizes.held if machine.main_memory_bytes is None else 0
+    while memory_need(resolved, shape, data).at(resolved.tokens_per_row) > machine.memory_bytes:
+        less = smaller(resolved, config, sizes.longest, machine)
+        if less is None:
+            break
+        resolved, reason = less
+        reasons.append(reason)
     return resolved
 
 
-def _prefix(units: Sequence[Unit], validation: Sequence[Unit]) -> int:
+def smaller(
+    resolved: Resolved, config: TrainingConfig, longest: int, machine: Machine
+) -> tuple[Resolved, Derived] | None:
+    """Return the numbers with what is given up next to fit the memory, and why; None where nothing is left to give up.
+
+    Rows are halved first, down to the ``longest`` example; then layers are recomputed; then numbers are narrowed. What
+    was given stays.
+    """
+    if config.tokens_per_row == AUTO and resolved.tokens_per_row > longest:
+        row = max(longest, resolved.tokens_per_row // 2)
+        reason = Derived(name="tokens per row", value=str(row), reason="halved to fit the memory")
+        return resolved.model_copy(update={"tokens_per_row": row}), reason
+    if config.recompute == AUTO and not resolved.recompute:
+        text = "layers are computed again in the backward pass (a third more work) to fit the memory"
+        reason = Derived(name="recompute", value="yes", reason=text)
+        return resolved.model_copy(update={"recompute": True}), reason
+    if config.precision == AUTO and machine.bfloat16_speed and resolved.precision == "float32":
+        text = f"half of float32's memory, at {machine.bfloat16_speed:.2f} times its rate, to fit the memory"
+        reason = Derived(name="precision", value="bfloat16", reason=text)
+        return resolved.model_copy(update={"precision": "bfloat16"}), reason
+    return None
+
+
+def _prefix(units: Sequence[Unit]) -> int:
     """Return how many first tokens all examples share; pairs share theirs by twos alone."""
-    if isinstance(units[0], TokenizedPair):
-        return 0
-    both = [units[0], *validation[:1]]
-    return min(shared_prefix(some) for some in (units, validation, both) if some)  # type: ignore[arg-type]
+    return 0 if isinstance(units[0], TokenizedPair) else shared_prefix(units)  # type: ignore[arg-type]
 
 
 def _weight(units: Sequence[Unit], *, liked: bool) -> float:
@@ -304,20 +333,12 @@ def _weight(units: Sequence[Unit], *, liked: bool) -> float:
     return sum(unit.weight for unit in thumbs if (unit.label == 1.0) == liked)
 
 
-def _sides(unit: Unit) -> tuple[TokenizedExample, ...]:
-    return (unit.chosen, unit.rejected) if isinstance(unit, TokenizedPair) else (unit,)
-
-
-def _tokens(unit: Unit) -> int:
-    return sum(len(side.tokens) for side in _sides(unit))
-
-
 def _loss_tokens(unit: Unit) -> int:
-    return sum(sum(side.loss_mask) for side in _sides(unit))
+    return sum(sum(side.loss_mask) for side in sides_of(unit))
 
 
 def _length(unit: Unit) -> int:
     """Return the fewest tokens that a row must have to hold a unit."""
-    sides = _sides(unit)
+    sides = sides_of(unit)
     prefix = shared_prefix(sides) if len(sides) > 1 else 0
     return prefix + sum(len(side.tokens) - prefix for side in sides)

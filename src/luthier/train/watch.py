@@ -128,17 +128,13 @@ class LossHistory:
         self.validation_steps.append(step)
         self.validation_losses.append(loss if math.isfinite(loss) else None)
 
-    def should_stop(self, patience: int, minimum_gain: float) -> str | None:
-        """Return why to stop early, or None.
-
-        The reason is there when, for ``patience`` validations, none was lower by ``minimum_gain`` (in units of the
-        loss) than the best that counted; small gains add up until they count.
-        """
+    def should_stop(self, patience: int) -> str | None:
+        """Return why to stop early, or None: that none of the last ``patience`` validations was the best one."""
         if patience < 1:
             raise ValueError(f"patience={patience} must be at least 1")
         best, best_step, waited = math.inf, 0, 0
         for step, loss in zip(self.validation_steps, self.validation_losses, strict=True):
-            if loss is not None and loss < best and loss <= best - minimum_gain:
+            if loss is not None and loss < best:
                 best, best_step, waited = loss, step, 0
             else:
                 waited += 1
@@ -147,10 +143,7 @@ class LossHistory:
         times = "validation" if waited == 1 else "validations"
         if best_step == 0:
             return f"no validation loss was a finite number in {waited} {times}"
-        return (
-            f"the validation loss has not improved by {minimum_gain:g} in {waited} {times}; "
-            f"its best was {best:.4f} at step {best_step}"
-        )
+        return f"the validation loss has not improved in {waited} {times}; its best was {best:.4f} at step {best_step}"
 
     def warnings(self) -> list[Warning]:
         """Return what is newly wrong, each kind once in a run; to be asked after every step."""

@@ -33,13 +33,14 @@ from luthier.templates.renderer import (
     RenderPolicy,
     RenderReport,
     TemplateRenderer,
+    Unit,
     iter_pairs,
     iter_thumbs,
     iter_tokenized,
 )
 from luthier.templates.spool import SpooledExamples, SpooledPairs
 from luthier.train.hyperparameters import max_tokens
-from luthier.train.plan import Material, Unit, plan_training
+from luthier.train.plan import Material, plan_training
 from luthier.workflows.datasets import Side, side
 from luthier.workflows.models import served_folder, shape
 

@@ -50,8 +50,9 @@ def plan(store: Store, request: TrainRequest, *, measure: bool = True) -> Traini
     check_trackers(request.options.trackers)
     with TemporaryDirectory() as scratch:
         prepared = prepare(store, request, MAX_ANSWER_TOKENS, Path(scratch))
-        made = prepared.plan(measure_machine())
-        return measured_plan(_job(prepared, made, Path(scratch)), request.options) if measure else made
+        machine = measure_machine()
+        made = prepared.plan(machine)
+        return measured_plan(_job(prepared, made, Path(scratch)), request.options, machine) if measure else made
 
 
 def train_model(store: Store, request: TrainRequest, on_event: OnEvent | None = None) -> TunedModel:
@@ -137,9 +138,10 @@ def _planned(context: RunContext, prepared: Prepared) -> TrainingPlan:
     known = read_plan(context.folder)
     if known is not None:
         return known
-    made = prepared.plan(measure_machine())
+    machine = measure_machine()
+    made = prepared.plan(machine)
     if made.seconds > SHORT_SECONDS or made.memory_bytes > SURE_SHARE * made.machine_memory_bytes:
-        made = measured_plan(_job(prepared, made, context.folder), prepared.request.options, context.say)
+        made = measured_plan(_job(prepared, made, context.folder), prepared.request.options, machine, context.say)
     write_plan(context.folder, made)
     return made
 

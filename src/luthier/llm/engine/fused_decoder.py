@@ -13,25 +13,24 @@ C = H + 2 K; R rank of the adapters of a projection; M those tokens whose last h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from luthier.llm.base_config import FUSED_TYPES
 from luthier.llm.engine.layer_operations import LayerOperations, Rope, inverse_rms
 from luthier.llm.engine.native_operations import operations_for
 from luthier.llm.engine.projections import Projection, can_project
 from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
 
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-
 
 def can_fuse(decoder: Any) -> bool:
     """Return whether a decoder's layers are those that this module knows, without dropout, DoRA or windows."""
     config = decoder.config
     windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    if config.model_type not in FAMILIES or windows or config.hidden_act != "silu":
+    if config.model_type not in FUSED_TYPES or windows or config.hidden_act != "silu":
         return False
     if config.model_type == "mistral" and config.sliding_window is not None:
         return False
@@ -41,20 +40,13 @@ def can_fuse(decoder: Any) -> bool:
 class FusedDecoder:
     """A decoder's layers as fused functions over the same parameters, computing in ``dtype``.
 
-    ``recompute`` keeps only each layer's input. ``operations`` are the fastest there are where they are not given.
+    ``recompute`` keeps only each layer's input.
     """
 
-    def __init__(
-        self,
-        decoder: Any,
-        dtype: torch.dtype,
-        *,
-        recompute: bool = False,
-        operations: LayerOperations | None = None,
-    ) -> None:
+    def __init__(self, decoder: Any, dtype: torch.dtype, *, recompute: bool = False) -> None:
         self._decoder = decoder
-        found = operations or operations_for(dtype, next(decoder.parameters()).device)
-        self._layers = [_Layer(block, found, recompute=recompute) for block in decoder.layers]
+        operations = operations_for(dtype, next(decoder.parameters()).device)
+        self._layers = [_Layer(block, operations, recompute=recompute) for block in decoder.layers]
 
     def forward(self, hidden_TE: torch.Tensor, layout: RowLayout, at_M: torch.Tensor | None = None) -> torch.Tensor:
         """Return the decoder's last hidden states, after its final norm, from the embeddings of a row.
@@ -105,7 +97,7 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer = ctx.layer
-        kept = layer.forward(*ctx.saved_tensors, ctx.place)[1] if layer.recompute else _Kept(*ctx.saved_tensors)
+        kept = layer.keep(*ctx.saved_tensors, ctx.place) if layer.recompute else _Kept(*ctx.saved_tensors)
         dhidden_TE, trained = layer.backward(gradients[0], kept, ctx.place, input_needed=ctx.needs_input_grad[0])
         return dhidden_TE, None, None, *trained
 
@@ -114,9 +106,8 @@ class _LayerFunction(torch.autograd.Function):
 class _Kept:
     """What the backward pass of a layer needs. ``raw_qk`` is None where the heads are not normed.
 
-    ``log_sums`` are what attention keeps of its softmax, None where it keeps nothing.
-
-    ``low`` are what each projection's adapter makes of its input first, None without one.
+    ``log_sums`` are what attention keeps of its softmax, None where it keeps nothing. ``low`` are what each
+    projection's adapter makes of its input first, None without one.
     """
 
     hidden_TE: torch.Tensor
@@ -160,6 +151,16 @@ class _Layer:
 
     def forward(self, hidden_TE: torch.Tensor, place: _Place) -> tuple[torch.Tensor, _Kept]:
         """Return the layer's output, and what its backward pass needs."""
+        kept = self._before_down(hidden_TE, place)
+        output_ME, low_MR = self._down.forward(self._do.gated(kept.gate_up_M2F), onto_TO=kept.middle_ME)
+        return output_ME, replace(kept, down_low_MR=low_MR)
+
+    def keep(self, hidden_TE: torch.Tensor, place: _Place) -> _Kept:
+        """Return what the backward pass needs, without the layer's output."""
+        kept = self._before_down(hidden_TE, place)
+        return replace(kept, down_low_MR=self._down.low(self._do.gated(kept.gate_up_M2F)))
+
+    def _before_down(self, hidden_TE: torch.Tensor, place: _Place) -> _Kept:
         qkv_TX, qkv_low_TR = self._qkv.forward(self._norm.forward(hidden_TE))
         qkv_TCD = qkv_TX.view(len(hidden_TE), -1, self._width)
         qk_TCD = qkv_TCD[:, : self._heads.query + self._heads.key]
@@ -170,9 +171,8 @@ class _Layer:
         attended_TE = attended_THD.flatten(1)
         middle_ME, out_low_MR = self._out.forward(place.pick(attended_TE), onto_TO=place.pick(hidden_TE))
         gate_up_M2F, gate_up_low_MR = self._gate_up.forward(self._middle_norm.forward(middle_ME))
-        output_ME, down_low_MR = self._down.forward(self._do.gated(gate_up_M2F), onto_TO=middle_ME)
         kept = (hidden_TE, qkv_TCD, attended_TE, log_sums_TH, middle_ME, gate_up_M2F, raw_qk_TCD)
-        return output_ME, _Kept(*kept, qkv_low_TR, out_low_MR, gate_up_low_MR, down_low_MR)
+        return _Kept(*kept, qkv_low_TR, out_low_MR, gate_up_low_MR, None)
 
     def backward(
         self, doutput_ME: torch.Tensor, kept: _Kept, place: _Place, *, input_needed: bool

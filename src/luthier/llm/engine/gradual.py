@@ -13,9 +13,10 @@ import torch
 from accelerate import init_empty_weights
 
 from luthier.llm.base_bits import Bits
+from luthier.llm.engine.held_linear import HeldLinear, holdable
 from luthier.llm.engine.held_weight import HeldWeight, WholeWeight
 from luthier.llm.engine.integers import IntegerWeight
-from luthier.llm.engine.quantised import QuantisedLinear, quantisable, quantise
+from luthier.llm.engine.quantised import quantise
 from luthier.llm.engine.weight_files import WeightFiles
 
 
@@ -68,7 +69,7 @@ def is_explained(model: Any, files: WeightFiles, given: frozenset[str] = frozens
 
 def fill(model: Any, files: WeightFiles, holding: Holding, device: torch.device) -> None:
     """Give an outline its numbers, on a device. What the files lack starts as transformers starts it."""
-    for name in list(quantisable(model)) if holding.is_in_few_bits else ():
+    for name in list(holdable(model)) if holding.is_in_few_bits else ():
         _hold_linear(model, name, files.read(f"{name}.weight").to(device), holding)
     for name, parameter in own_names(model).items():
         if not parameter.is_meta:
@@ -88,7 +89,7 @@ def fill(model: Any, files: WeightFiles, holding: Holding, device: torch.device)
 
 def hold(model: Any, holding: Holding) -> None:
     """Round a model that was loaded whole to the numbers that it is to be held in, layer by layer."""
-    for name in list(quantisable(model)) if holding.is_in_few_bits else ():
+    for name in list(holdable(model)) if holding.is_in_few_bits else ():
         _hold_linear(model, name, model.get_submodule(name).weight.detach(), holding)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else holding.dtype)
@@ -101,7 +102,7 @@ def _hold_linear(model: Any, name: str, weight_OI: torch.Tensor, holding: Holdin
         _set(model, f"{name}.weight", held.weight_OI)
         return
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, QuantisedLinear(held, holding.dtype, linear.bias).eval())
+    setattr(model.get_submodule(parent), child, HeldLinear(held, holding.dtype, linear.bias).eval())
 
 
 def _set(model: Any, name: str, value: torch.Tensor) -> None:

@@ -4,12 +4,13 @@
  * On a processor a training step spends half of its time outside of the large matrix products: torch makes each of
  * these of a dozen calls, and each call reads and writes everything. Here a row of numbers stays in the processor's
  * cache. `kernels.py` compiles this file with the machine's C compiler, once per type, and hands it torch's memory;
- * without a compiler the same is done by torch (`row_attention.py`, `fused_decoder.py`), and the tests hold the two
- * together. Sums are in float32; threads take fixed shares, so that every run gives the same numbers.
+ * without a compiler the same is done by torch (`layer_operations.py`), and the tests hold the two together. Sums are
+ * in float32; threads take fixed shares, so that every run gives the same numbers.
  *
- * Every function returns 0, or 1 where memory is short. NUMBER_BITS is 16 for bfloat16 and 32 for float. Widths are
- * multiples of LANES. T tokens, I inputs, O outputs, R ranks, E width, F half of the gate's outputs, C heads of all
- * kinds (queries first, then keys, then values), D head width, P prefix, S keys.
+ * Every function returns 0, or 1 where memory is short. NUMBER_BITS is 16 for bfloat16 and 32 for float; INT8_MOST,
+ * FINER and LEAST are those of `layer_operations.py`. Widths are multiples of LANES. T tokens, I inputs, O outputs, R
+ * ranks, E width, F half of the gate's outputs, C heads of all kinds (queries first, then keys, then values), D head
+ * width, P prefix, S keys.
  */
 
 #include <math.h>
@@ -523,12 +524,71 @@ INLINE void put(number *to, const float *values, int64_t width, float factor)
 
 INLINE int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
+/* The heads of a model: of queries and of keys, how many of the first share one of the second, and how wide one is. A
+ * token of qkv is `stride` numbers behind the one before it, one of out `out_stride`. */
+typedef struct {
+    int64_t query, key, group, width, stride, out_stride;
+    float scale;
+} heads;
+
+INLINE heads heads_of(int64_t query, int64_t key, int64_t width, float scale)
+{
+    return (heads){query, key, query / key, width, (query + 2 * key) * width, query * width, scale};
+}
+
+/* Where the queries, the key and the value of a group lie in a token of qkv, and its queries in one of out. */
+INLINE int64_t queries_at(heads h, int64_t k) { return k * h.group * h.width; }
+INLINE int64_t key_at(heads h, int64_t k) { return (h.query + k) * h.width; }
+INLINE int64_t value_at(heads h, int64_t k) { return (h.query + h.key + k) * h.width; }
+
+/* Where the sum of a row of queries lies in log_sums (T, H). */
+INLINE int64_t sum_at(heads h, int64_t k, sequence q, int64_t row)
+{
+    return (q.start + row / h.group) * h.query + k * h.group + row % h.group;
+}
+
+/* How many keys the last of `rows` queries from `row` on sees, and their tile that begins at key `at`. */
+INLINE int64_t keys_for(heads h, sequence q, int64_t row, int64_t rows)
+{
+    return q.prefix_length + (row + rows - 1) / h.group + 1;
+}
+
+INLINE place tile_at(heads h, sequence q, int64_t row, int64_t rows, int64_t at)
+{
+    return (place){row, rows, at, padded(least(keys_for(h, q, row, rows) - at, KEYS))};
+}
+
+/* What the queries of group k see that stand from `first` on in a sequence. */
+static void attend_piece(scratch *s, number *out, float *log_sums, const number *qkv, heads h, int64_t k, sequence q,
+                         int64_t first)
+{
+    int64_t width = h.width;
+    gather(s, NULL, s->key_columns, qkv + key_at(h, k), h.stride, q, width);
+    gather(s, s->value_rows, NULL, qkv + value_at(h, k), h.stride, q, width);
+    for (int64_t row = first * h.group; row < q.length * h.group; row += QUERIES) {
+        int64_t rows = least(q.length * h.group - row, QUERIES);
+        gather_queries(s->query, NULL, qkv + queries_at(h, k), h.stride, q, row, rows, h.group, width);
+        for (int64_t at = 0; at < keys_for(h, q, row, rows); at += KEYS) {
+            place tile = tile_at(h, q, row, rows, at);
+            attention_weights(s, q, tile, h.group, width, h.scale);
+            const float *values = s->value_rows + at * width / PAIR;
+            product(s->out, width, over_keys(s, s->scores, tile), KEYS, values, width, rows, tile.count, width, at > 0);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            number *to = (number *)query_row(out + queries_at(h, k), h.out_stride, q, row + r, h.group, width);
+            float total = sum(s->total[r]);
+            put(to, s->out + r * width, width, 1.0f / total);
+            log_sums[sum_at(h, k, q, row + r)] = s->most[r] + logf(total);
+        }
+    }
+}
+
 /* out (T, H, D) = softmax(q k' scale) v. `log_sums` (T, H) gets the logarithm of what the softmax divides by. */
 int attend(number *out, float *log_sums, const number *qkv, const sequence *sequences, int64_t count, int64_t longest,
            int64_t query, int64_t key, int64_t width, float scale, int threads)
 {
-    int64_t stride = (query + 2 * key) * width, out_stride = query * width;
-    int64_t pieces = pieces_of(count * key, threads), group = query / key;
+    heads h = heads_of(query, key, width, scale);
+    int64_t pieces = pieces_of(count * key, threads);
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -539,32 +599,9 @@ int attend(number *out, float *log_sums, const number *qkv, const sequence *sequ
         for (int64_t n = 0; n < count; n++)
             for (int64_t k = 0; k < key; k++)
                 for (int64_t piece = 0; piece < pieces; piece++) {
-                    if (!mine) continue;
                     sequence q = sequences[n];
-                    int64_t head = k * group, first = cut(q, piece, pieces);
-                    q.length = cut(q, piece + 1, pieces);
-                    const number *queries = qkv + head * width;
-                    gather(&s, NULL, s.key_columns, qkv + (query + k) * width, stride, q, width);
-                    gather(&s, s.value_rows, NULL, qkv + (query + key + k) * width, stride, q, width);
-                    for (int64_t row = first * group; row < q.length * group; row += QUERIES) {
-                        int64_t rows = least(q.length * group - row, QUERIES);
-                        int64_t seen = q.prefix_length + (row + rows - 1) / group + 1;
-                        gather_queries(s.query, NULL, queries, stride, q, row, rows, group, width);
-                        for (int64_t at = 0; at < seen; at += KEYS) {
-                            place tile = {row, rows, at, padded(least(seen - at, KEYS))};
-                            attention_weights(&s, q, tile, group, width, scale);
-                            const float *values = s.value_rows + at * width / PAIR;
-                            product(s.out, width, over_keys(&s, s.scores, tile), KEYS, values, width, rows, tile.count,
-                                    width, at > 0);
-                        }
-                        for (int64_t r = 0; r < rows; r++) {
-                            number *to = (number *)query_row(out + head * width, out_stride, q, row + r, group, width);
-                            float total = sum(s.total[r]);
-                            put(to, s.out + r * width, width, 1.0f / total);
-                            log_sums[(q.start + (row + r) / group) * query + head + (row + r) % group] =
-                                s.most[r] + logf(total);
-                        }
-                    }
+                    q.length = cut(sequences[n], piece + 1, pieces);
+                    if (mine) attend_piece(&s, out, log_sums, qkv, h, k, q, cut(sequences[n], piece, pieces));
                 }
         free(mine ? s.all : NULL);
     }
@@ -590,81 +627,102 @@ static void attention_gradients(scratch *s, sequence q, place tile, int64_t grou
     }
 }
 
+/* What comes before the gradients of `rows` queries from `row` on: their numbers, the gradients of what attention gave
+ * them, and for each the product of that with what it gave. */
+static void gather_gradients(scratch *s, const number *dout, const number *out, const float *log_sums,
+                             const number *qkv, heads h, int64_t k, sequence q, int64_t row, int64_t rows)
+{
+    const number *outputs = out + queries_at(h, k), *gradients = dout + queries_at(h, k);
+    int64_t group = h.group, width = h.width;
+    gather_queries(s->query, s->query_columns, qkv + queries_at(h, k), h.stride, q, row, rows, group, width);
+    gather_queries(s->dout, s->dout_columns, gradients, h.out_stride, q, row, rows, group, width);
+    for (int64_t r = 0; r < rows; r++) {
+        const number *was = query_row(outputs, h.out_stride, q, row + r, group, width);
+        const number *gradient = query_row(gradients, h.out_stride, q, row + r, group, width);
+        vector products = {0};
+        for (int64_t d = 0; d < width; d += LANES) products += read(was + d) * read(gradient + d);
+        s->delta[r] = sum(products);
+        s->most[r] = log_sums[sum_at(h, k, q, row + r)];
+    }
+}
+
+/* Adds the gradients of a sequence's keys and values of group k to `sums` (T, 2 K, D). */
+static void add_keys(float *sums, const scratch *s, heads h, int64_t k, sequence q)
+{
+    int64_t keys = q.prefix_length + q.length;
+    for (int64_t block = 0; block < keys; block += LANES)
+        for (int64_t d = 0; d < h.width; d++)
+            for (int64_t at = block; at < least(keys, block + LANES); at++) {
+                float *to = sums + (token_of(q, at) * 2 * h.key + k) * h.width + d;
+                int64_t from = at / KEYS * KEYS * h.width + d * KEYS + at % KEYS;
+                to[0] += s->dkey[from] * h.scale;
+                to[h.key * h.width] += s->dvalue[from];
+            }
+}
+
+/* The gradients of the queries of group k that stand from `first` on in a sequence, into dqkv; those of the keys and
+ * values that they see are added to `sums` (T, 2 K, D). */
+static void attend_backward_piece(scratch *s, number *dqkv, float *sums, const number *dout, const number *out,
+                                  const float *log_sums, const number *qkv, heads h, int64_t k, sequence q,
+                                  int64_t first)
+{
+    int64_t width = h.width, held = in_blocks(q.prefix_length + q.length) * width;
+    gather(s, s->key_rows, s->key_columns, qkv + key_at(h, k), h.stride, q, width);
+    gather(s, NULL, s->value_columns, qkv + value_at(h, k), h.stride, q, width);
+    memset(s->dkey, 0, sizeof(float) * (size_t)held);
+    memset(s->dvalue, 0, sizeof(float) * (size_t)held);
+    for (int64_t row = first * h.group; row < q.length * h.group; row += QUERIES) {
+        int64_t rows = least(q.length * h.group - row, QUERIES), inner = paired(rows);
+        gather_gradients(s, dout, out, log_sums, qkv, h, k, q, row, rows);
+        for (int64_t at = 0; at < keys_for(h, q, row, rows); at += KEYS) {
+            place tile = tile_at(h, q, row, rows, at);
+            attention_gradients(s, q, tile, h.group, width, h.scale);
+            const float *scores = over_queries(s, s->scores, tile);
+            product(s->dvalue + at * width, KEYS, s->dout_columns, QUERIES, scores, KEYS, width, inner, tile.count, 1);
+            scores = over_queries(s, s->dscores, tile);
+            product(s->dkey + at * width, KEYS, s->query_columns, QUERIES, scores, KEYS, width, inner, tile.count, 1);
+            const float *keys = s->key_rows + at * width / PAIR;
+            product(s->out, width, over_keys(s, s->dscores, tile), KEYS, keys, width, rows, tile.count, width, at > 0);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            number *to = (number *)query_row(dqkv + queries_at(h, k), h.stride, q, row + r, h.group, width);
+            put(to, s->out + r * width, width, h.scale);
+        }
+    }
+    add_keys(sums, s, h, k, q);
+}
+
 /* The gradient of qkv from that of `out`. `sums` (threads, T, 2 K, D) is zero: keys and values of a prefix get
  * gradients from every sequence that sees it, and threads must not add to one place. */
 int attend_backward(number *dqkv, float *sums, const number *dout, const number *out, const float *log_sums,
                     const number *qkv, const sequence *sequences, int64_t count, int64_t longest, int64_t tokens,
                     int64_t query, int64_t key, int64_t width, float scale, int threads)
 {
-    int64_t stride = (query + 2 * key) * width, out_stride = query * width;
-    int64_t pieces = pieces_of(count * key, threads), group = query / key;
+    heads h = heads_of(query, key, width, scale);
+    int64_t pieces = pieces_of(count * key, threads), all_keys = 2 * key * width;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         scratch s;
         int mine = make_scratch(&s, longest, width);
         if (!mine) failed = 1;
-        float *own_sums = sums + THREAD * tokens * 2 * key * width;
+        float *own_sums = sums + THREAD * tokens * all_keys;
 #pragma omp for schedule(static, 1) collapse(3)
         for (int64_t n = 0; n < count; n++)
             for (int64_t k = 0; k < key; k++)
                 for (int64_t piece = 0; piece < pieces; piece++) {
-                    if (!mine) continue;
                     sequence q = sequences[n];
-                    int64_t head = k * group, first = cut(q, piece, pieces);
-                    q.length = cut(q, piece + 1, pieces);
-                    int64_t keys = q.prefix_length + q.length;
-                    const number *queries = qkv + head * width;
-                    const number *outputs = out + head * width, *gradients = dout + head * width;
-                    gather(&s, s.key_rows, s.key_columns, qkv + (query + k) * width, stride, q, width);
-                    gather(&s, NULL, s.value_columns, qkv + (query + key + k) * width, stride, q, width);
-                    memset(s.dkey, 0, sizeof(float) * (size_t)(in_blocks(keys) * width));
-                    memset(s.dvalue, 0, sizeof(float) * (size_t)(in_blocks(keys) * width));
-                    for (int64_t row = first * group; row < q.length * group; row += QUERIES) {
-                        int64_t rows = least(q.length * group - row, QUERIES), inner = paired(rows);
-                        int64_t seen = q.prefix_length + (row + rows - 1) / group + 1;
-                        gather_queries(s.query, s.query_columns, queries, stride, q, row, rows, group, width);
-                        gather_queries(s.dout, s.dout_columns, gradients, out_stride, q, row, rows, group, width);
-                        for (int64_t r = 0; r < rows; r++) {
-                            const number *was = query_row(outputs, out_stride, q, row + r, group, width);
-                            const number *gradient = query_row(gradients, out_stride, q, row + r, group, width);
-                            vector products = {0};
-                            for (int64_t d = 0; d < width; d += LANES) products += read(was + d) * read(gradient + d);
-                            s.delta[r] = sum(products);
-                            s.most[r] = log_sums[(q.start + (row + r) / group) * query + head + (row + r) % group];
-                        }
-                        for (int64_t at = 0; at < seen; at += KEYS) {
-                            place tile = {row, rows, at, padded(least(seen - at, KEYS))};
-                            attention_gradients(&s, q, tile, group, width, scale);
-                            product(s.dvalue + at * width, KEYS, s.dout_columns, QUERIES,
-                                    over_queries(&s, s.scores, tile), KEYS, width, inner, tile.count, 1);
-                            product(s.dkey + at * width, KEYS, s.query_columns, QUERIES,
-                                    over_queries(&s, s.dscores, tile), KEYS, width, inner, tile.count, 1);
-                            const float *over = s.key_rows + at * width / PAIR;
-                            product(s.out, width, over_keys(&s, s.dscores, tile), KEYS, over, width, rows, tile.count,
-                                    width, at > 0);
-                        }
-                        for (int64_t r = 0; r < rows; r++) {
-                            number *to = (number *)query_row(dqkv + head * width, stride, q, row + r, group, width);
-                            put(to, s.out + r * width, width, scale);
-                        }
-                    }
-                    for (int64_t block = 0; block < keys; block += LANES)
-                        for (int64_t d = 0; d < width; d++)
-                            for (int64_t at = block; at < least(keys, block + LANES); at++) {
-                                float *to = own_sums + (token_of(q, at) * 2 * key + k) * width + d;
-                                int64_t from = at / KEYS * KEYS * width + d * KEYS + at % KEYS;
-                                to[0] += s.dkey[from] * scale;
-                                to[key * width] += s.dvalue[from];
-                            }
+                    int64_t first = cut(sequences[n], piece, pieces);
+                    q.length = cut(sequences[n], piece + 1, pieces);
+                    if (mine) attend_backward_piece(&s, dqkv, own_sums, dout, out, log_sums, qkv, h, k, q, first);
                 }
         free(mine ? s.all : NULL);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
-            for (int64_t at = 0; at < 2 * key * width; at += LANES) {
+            for (int64_t at = 0; at < all_keys; at += LANES) {
                 vector total = {0};
-                for (int i = 0; i < threads; i++) total += load(sums + (i * tokens + t) * 2 * key * width + at);
-                write(dqkv + t * stride + query * width + at, total);
+                for (int i = 0; i < threads; i++) total += load(sums + (i * tokens + t) * all_keys + at);
+                write(dqkv + t * h.stride + query * width + at, total);
             }
     }
     return failed;
@@ -724,10 +782,11 @@ INLINE void write_bytes(int8_t *to, integers values)
     memcpy(to, &found, sizeof found);
 }
 
-/* Each row (T, W) [times a factor for each column], turned, as integers up to 127 and the row's scale. What is not
- * finite makes the scale NaN. `fine`, where it is not NULL, gets what rounding leaves, in 254ths of the scale. */
-int to_integers(int8_t *codes, int8_t *fine, float *scales, const number *x, const float *times, int64_t tokens, int64_t width,
-                int64_t block, int threads)
+/* Each row (T, W) [times a factor for each column], turned, as integers up to INT8_MOST and the row's scale. What is
+ * not finite makes the scale NaN. `fine`, where it is not NULL, gets what rounding leaves, in FINER parts of the scale.
+ */
+int to_integers(int8_t *codes, int8_t *fine, float *scales, const number *x, const float *times, int64_t tokens,
+                int64_t width, int64_t block, int threads)
 {
     float *memory = malloc(sizeof(float) * (size_t)(threads * width));
     if (!memory) return 1;
@@ -743,20 +802,20 @@ int to_integers(int8_t *codes, int8_t *fine, float *scales, const number *x, con
                 store(row + i, block > 1 ? turned_within(values) : values);
             }
             turn(row, width, block);
-            vector most = all(1e-30f), broken = {0};
+            vector most = all(LEAST), broken = {0};
             for (int64_t i = 0; i < width; i += LANES) {
                 vector values = load(row + i);
                 most = larger((vector)((integers)values & 0x7fffffff), most);
                 broken += values * 0.0f;
             }
             float greatest = largest(most);
-            scales[t] = greatest * factor / 127.0f + sum(broken);
+            scales[t] = greatest * factor / INT8_MOST + sum(broken);
             for (int64_t i = 0; i < width; i += LANES) {
-                vector values = load(row + i) * (127.0f / greatest);
+                vector values = load(row + i) * (INT8_MOST / greatest);
                 integers whole = nearest(values);
                 write_bytes(codes + t * width + i, whole);
-                if (fine)
-                    write_bytes(fine + t * width + i, nearest((values - __builtin_convertvector(whole, vector)) * 254.0f));
+                values -= __builtin_convertvector(whole, vector);
+                if (fine) write_bytes(fine + t * width + i, nearest(values * (float)FINER));
             }
         }
     }
@@ -806,7 +865,8 @@ int from_integers(number *y, const int32_t *sums, const float *scales, const flo
 #define COLUMNS (4 * LANES)
 
 /* Low-rank adapters of layers that read the same input. Part p has the outputs from ends[p - 1] up to ends[p], and in
- * all that is low-rank (T, R) the columns from p rank; its weights are down (rank, I) and up (outputs, rank), float32. */
+ * all that is low-rank (T, R) the columns from p rank; its weights are down (rank, I) and up (outputs, rank), in
+ * float32. */
 INLINE const float *up_row(const float *const *up, const int64_t *ends, int64_t rank, int64_t output)
 {
     int64_t part = 0;

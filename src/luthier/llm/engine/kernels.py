@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from tempfile import TemporaryDirectory
 import platformdirs
 import torch
 
+from luthier.llm.engine.layer_operations import FINER, INT8_MAX, LEAST
 from luthier.llm.engine.processor import cpu_flags
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ SOURCE = Path(__file__).with_name("kernels.c")
 BITS = {torch.bfloat16: 16, torch.float32: 32}
 # The threads of torch's own OpenMP are used: the library is linked with none, and finds the one that is loaded.
 FLAG_SETS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-Wno-psabi")
+NUMBERS = (f"-DINT8_MOST={INT8_MAX}.0f", f"-DFINER={FINER}", f"-DLEAST={LEAST}f")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-Wno-psabi", *NUMBERS)
 COMPILE_SECONDS = 120
 
 
@@ -40,7 +43,10 @@ def find_kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     for flags in FLAG_SETS:
         try:
-            return _load([*compiler.split(), *FLAGS, *flags, f"-DNUMBER_BITS={BITS[dtype]}"])
+            found = _load([*compiler.split(), *FLAGS, *flags, f"-DNUMBER_BITS={BITS[dtype]}"])
+            if flags != FLAG_SETS[0]:
+                log.info("the kernels for training are made with %r alone: they are slower", " ".join(flags))
+            return found
         except (OSError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or error
             log.debug("no kernels by %s %s: %s", compiler, " ".join(flags), detail)
@@ -53,7 +59,10 @@ def _load(command: list[str]) -> ctypes.CDLL:
     key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), version.stdout, repr(command).encode(), _processor())))
     kept = Path(platformdirs.user_cache_dir("luthier")) / "kernels" / f"{key.hexdigest()[:32]}.so"
     if kept.is_file():
-        return ctypes.CDLL(str(kept))
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError as error:  # half written, say, as a machine went down: it is made again, and takes its place
+            log.info("the kept kernels cannot be loaded, and are compiled again: %s", error)
     with TemporaryDirectory(prefix="luthier-kernels-") as folder:
         built, library = str(Path(folder) / "kernels.o"), Path(folder) / "kernels.so"
         for step in ([*command, "-c", str(SOURCE), "-o", built], [command[0], "-shared", built, "-o", str(library)]):
@@ -65,13 +74,17 @@ def _load(command: list[str]) -> ctypes.CDLL:
 
 def _keep(library: Path, kept: Path) -> None:
     """Put a library that was loaded into the cache; without a cache it is made again next time."""
+    staged = kept.with_name(f"{kept.name}.{os.getpid()}")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        staged = kept.with_name(f"{kept.name}.{os.getpid()}")
-        shutil.copyfile(library, staged)
+        with staged.open("wb") as file:
+            file.write(library.read_bytes())
+            os.fsync(file.fileno())
         staged.replace(kept)
     except OSError as error:
         log.debug("the kernels are not kept: %s", error)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
 
 
 def _processor() -> bytes:

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from luthier.llm.base_bits import Bits, read_base_bits
 from luthier.llm.engine.gradual import Holding, hold, is_explained, outline, own_names
-from luthier.llm.engine.quantised import quantisable, quantise
+from luthier.llm.engine.held_linear import holdable
+from luthier.llm.engine.quantised import quantise
 from luthier.llm.engine.torch_model import copy_tokenizer, is_encoder, load_base
 from luthier.llm.engine.weight_files import WeightFiles, save_weights
 from luthier.llm.pad_token import pad_token, write_pad_token
@@ -101,7 +102,7 @@ class _Adapter:
 
 
 def _merged(model: Any, files: WeightFiles, adapter: _Adapter) -> Iterator[tuple[str, torch.Tensor]]:
-    rounded = {f"{name}.weight" for name in quantisable(model)} if adapter.bits else set()
+    rounded = {f"{name}.weight" for name in holdable(model)} if adapter.bits else set()
     for name in own_names(model):
         if name in adapter.whole:
             yield name, adapter.replacing(name)

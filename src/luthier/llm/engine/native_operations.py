@@ -6,7 +6,7 @@ falls back to torch, operation by operation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import CDLL, Array, c_float, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -18,6 +18,28 @@ from luthier.llm.engine.row_attention import Heads
 from luthier.llm.engine.row_layout import RowLayout
 
 LANES = 16  # as in kernels.c
+# What each kernel takes, before the number of threads: pointers, arrays, whole numbers of 64 bits, floats.
+TAKES = {
+    "rms_norm": "pppnnf",
+    "rms_norm_backward": "pppppnnf",
+    "gated": "ppnn",
+    "gated_backward": "pppnn",
+    "rotate": "pppnnnnf",
+    "attend": "ppppnnnnnf",
+    "attend_backward": "pppppppnnnnnnf",
+    "to_integers": "pppppnnn",
+    "from_integers": "ppppnnnn",
+    "adapt": "pppaaannnnfppn",
+    "adapt_backward": "pppaaannnnfppn",
+    "adapter_gradients": "ppppppannnnf",
+    "log_softmax": "ppppnnn",
+}
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "p": lambda tensor: c_void_p(None if tensor is None else tensor.data_ptr()),
+    "a": lambda array: array,
+    "n": c_int64,
+    "f": c_float,
+}
 
 
 def operations_for(dtype: torch.dtype, device: torch.device) -> LayerOperations:
@@ -38,7 +60,7 @@ class NativeOperations(LayerOperations):
         if not self._take(x_TE):
             return super().norm(x_TE, weight_E, epsilon)
         y_TE, weight_E = torch.empty_like(x_TE), weight_E.to(self._dtype)
-        self._run("rms_norm", y_TE, x_TE, weight_E, *x_TE.shape, epsilon)
+        self._run("rms_norm", y_TE, x_TE, weight_E, *_rows(x_TE), epsilon)
         return y_TE
 
     def norm_backward(
@@ -53,7 +75,7 @@ class NativeOperations(LayerOperations):
         if onto_TE is None or not self._take(dy_TE, x_TE, onto_TE):
             return super().norm_backward(dy_TE, x_TE, weight_E, epsilon, onto_TE)
         dx_TE, weight_E = torch.empty_like(x_TE), weight_E.to(self._dtype)
-        self._run("rms_norm_backward", dx_TE, dy_TE, x_TE, weight_E, onto_TE, *x_TE.shape, epsilon)
+        self._run("rms_norm_backward", dx_TE, dy_TE, x_TE, weight_E, onto_TE, *_rows(x_TE), epsilon)
         return dx_TE
 
     def gated(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
@@ -199,7 +221,7 @@ class NativeOperations(LayerOperations):
 
     def _run(self, name: str, *arguments: torch.Tensor | Array[Any] | float | None) -> None:
         """Call a kernel, which gets the memory of tensors (None: none); other threads of Python go on meanwhile."""
-        given = [_argument(argument) for argument in arguments]
+        given = [KINDS[kind](argument) for kind, argument in zip(TAKES[name], arguments, strict=True)]
         if getattr(self._kernels, name)(*given, c_int(torch.get_num_threads())):
             raise MemoryError(f"no memory for {name}")
 
@@ -253,11 +275,6 @@ def _sizes(adapters: Sequence[Adapter], x_TI: torch.Tensor) -> tuple[Array[Any],
     return ends, len(adapters), adapters[0].up_OR.shape[-1], *x_TI.shape
 
 
-def _argument(value: torch.Tensor | Array[Any] | float | None) -> Any:
-    if value is None:
-        return c_void_p()
-    if isinstance(value, torch.Tensor):
-        return c_void_p(value.data_ptr())
-    if isinstance(value, Array):
-        return value
-    return c_int64(value) if isinstance(value, int) else c_float(value)
+def _rows(x_TE: torch.Tensor) -> tuple[int, int]:
+    """Return how many rows numbers have that lie side by side, in however many dimensions, and how wide one is."""
+    return x_TE.numel() // x_TE.shape[-1], x_TE.shape[-1]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from luthier.llm.engine.held_linear import HeldLinear
 from luthier.llm.engine.held_weight import HeldWeight, StackedWeights, WholeWeight
 from luthier.llm.engine.integers import IntegerWeight
 from luthier.llm.engine.layer_operations import Adapter, LayerOperations
-from luthier.llm.engine.quantised import QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class Projection:
             y_TO += bias
         return y_TO, low_TR
 
+    def low(self, x_TI: torch.Tensor) -> torch.Tensor | None:
+        """Return x A' (T, R) alone, None without adapters: the large product is not made."""
+        return self._do.adapt(x_TI, self._adapters, self._weight.shape[0])[1] if self._adapters else None
+
     def backward(
         self, dy_TO: torch.Tensor, *, input_needed: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -99,8 +103,8 @@ class Projection:
 def can_project(layer: Any) -> bool:
     """Return whether a layer is one that :class:`Projection` knows the gradients of."""
     if not isinstance(layer, LoraLayer):
-        return type(layer) in (torch.nn.Linear, QuantisedLinear)
-    plain = type(layer.get_base_layer()) in (torch.nn.Linear, QuantisedLinear)
+        return type(layer) in (torch.nn.Linear, HeldLinear)
+    plain = type(layer.get_base_layer()) in (torch.nn.Linear, HeldLinear)
     dropouts = (dropout for dropout in layer.lora_dropout.values() if not isinstance(dropout, torch.nn.Identity))
     variants: dict[str, Any] = getattr(layer, "lora_variant", {})
     return plain and not variants and not any(dropouts) and len(layer.active_adapters) == 1
@@ -124,7 +128,7 @@ def _parts(layers: Sequence[Any]) -> Iterator[_Part]:
 
 def _is_trained(linear: torch.nn.Linear) -> bool:
     # To ask a quantised layer for its weight would restore it.
-    return not isinstance(linear, QuantisedLinear) and linear.weight.requires_grad
+    return not isinstance(linear, HeldLinear) and linear.weight.requires_grad
 
 
 def _trained(part: _Part) -> Iterator[torch.nn.Parameter]:
@@ -148,7 +152,7 @@ def _fuse(linears: Sequence[Any]) -> HeldWeight:
     """Return the weights of layers as one; what the layers hold becomes views of it where that can be."""
     ends = list(accumulate(linear.out_features for linear in linears))
     rows = [slice(end - linear.out_features, end) for end, linear in zip(ends, linears, strict=True)]
-    held = [linear.held for linear in linears if isinstance(linear, QuantisedLinear)]
+    held = [linear.held for linear in linears if isinstance(linear, HeldLinear)]
     if not held:
         if len(linears) == 1:
             return WholeWeight(linears[0].weight.data)

@@ -4,25 +4,19 @@ Dettmers et al. 2023, arXiv 2305.14314: weights are stored in 4-bit NormalFloat 
 the scales themselves in 8 bits (double quantisation), and are made whole again just where they are multiplied. Or, for
 less error, in int8 with one float32 scale per block. Pure torch, on any device.
 
-What comes in: linear layers in float32, bfloat16 or float16. What goes out: linear layers that PEFT takes for such. The
-codes are not in ``state_dict``: a base is quantised again from its own files whenever it is loaded. Merging into a
-quantised layer is not possible (PEFT's ``merge`` would add to a weight made for the moment): merge into the numbers
-that the codes stand for (:mod:`luthier.llm.engine.merging`).
+What comes in: a weight in float32, bfloat16 or float16. What goes out: the same weight as it is held, which a
+:class:`luthier.llm.engine.held_linear.HeldLinear` multiplies with.
 
 Names end in their dimensions: N weights of a layer (O outputs x I inputs, row by row), B blocks of 64, G groups of 256
-blocks, T anything before the inputs.
+blocks.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from luthier.llm.base_bits import Bits
 from luthier.llm.engine.held_weight import HeldWeight
@@ -31,7 +25,6 @@ from luthier.llm.engine.layer_operations import INT8_MAX
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share the scale and offset of their 8 bits
 PIECE = 64 * BLOCK * GROUP  # weights that are quantised at once: what that takes is bounded, whatever their number
-HEADS = ("lm_head", "score", "classifier")
 UINT8_MAX = 255
 # The 16 values of NF4 (Dettmers et al. 2023, appendix E): quantiles of a normal distribution scaled to [-1, 1], one of
 # them exactly zero.
@@ -138,87 +131,6 @@ def _quantised(flat_N: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Te
     codebook = torch.tensor(NF4, device=flat_N.device)
     codes_N = torch.bucketize(scaled_B64, (codebook[1:] + codebook[:-1]) / 2, out_int32=True).view(-1).to(torch.uint8)
     return codes_N[0::2] << 4 | codes_N[1::2], stored_B, range_G2
-
-
-class QuantisedLinear(torch.nn.Linear):
-    """A frozen linear layer in few bits. Gradients flow to its input (and its bias), never to its weight.
-
-    ``held`` is that weight. ``weight_dtype`` is the number type in which ``weight`` is given; products are
-    computed in that of the input, or of autocast where that is on.
-    """
-
-    def __init__(self, held: HeldWeight, weight_dtype: torch.dtype, bias: torch.nn.Parameter | None) -> None:
-        torch.nn.Module.__init__(self)  # not Linear's: it would make a whole weight
-        self.out_features, self.in_features = held.shape
-        self.held = held
-        self.weight_dtype = weight_dtype
-        self.register_parameter("bias", bias)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight (O, I) in ``weight_dtype``, made anew on every access: a change of it changes nothing."""
-        return self.held.whole(self.weight_dtype)
-
-    @property
-    def qweight(self) -> torch.Tensor:
-        """Where the weight is: PEFT asks this of layers in few bits, instead of the weight, for each adapter's part."""
-        return torch.empty(0, device=self.held.device)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (T, O) for inputs (T, I)."""
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        output_TO: torch.Tensor = _Product.apply(input.to(dtype), self.held)
-        return output_TO if self.bias is None else output_TO + self.bias.to(dtype)
-
-    def extra_repr(self) -> str:
-        """Say the sizes and the bits."""
-        return f"{super().extra_repr()}, bits={8 * self.held.bytes / self.out_features / self.in_features:.1f}"
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Follow ``.to(device)`` and ``.to(dtype)``: codes and scales move, but keep their own number types."""
-        super()._apply(fn, recurse)
-        moved = fn(torch.empty(0, dtype=self.weight_dtype, device=self.held.device))
-        self.weight_dtype = moved.dtype
-        self.held = self.held.to(moved.device)
-        return self
-
-
-class _Product(torch.autograd.Function):
-    """Multiply with a held weight; what backward needs of it is made again instead of being kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x_XI: torch.Tensor, held: HeldWeight) -> torch.Tensor:
-        ctx.held = held
-        outputs, inputs = held.shape
-        return held.times(x_XI.reshape(-1, inputs)).view(*x_XI.shape[:-1], outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_XO: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        outputs, inputs = ctx.held.shape
-        return ctx.held.times_back(dy_XO.reshape(-1, outputs)).view(*dy_XO.shape[:-1], inputs), None
-
-
-def quantisable(model: torch.nn.Module) -> Iterator[str]:
-    """Yield the names of the linear layers that can be held in few bits: those of a model's numbered layers.
-
-    Left out are parts of heads, those outside a numbered list of layers (such as heads), subclasses of ``Linear``, and
-    weights that two modules share (such as a head tied to embeddings).
-    """
-    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        numbered = any(part.isdigit() for part in parts)
-        if (
-            type(module) is torch.nn.Linear
-            and numbered
-            and set(HEADS).isdisjoint(parts)
-            and owners[id(module.weight)] == 1
-        ):
-            yield name
 
 
 def _divided(weight_B64: torch.Tensor, absmax_B: torch.Tensor) -> torch.Tensor:

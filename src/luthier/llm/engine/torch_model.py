@@ -24,9 +24,9 @@ from luthier.errors import InputError
 from luthier.llm.base_bits import read_base_bits
 from luthier.llm.base_config import ENCODER_TYPES, UNBOUNDED, context_length, rows_up_to
 from luthier.llm.engine.gradual import Holding, fill, hold, is_explained, outline
+from luthier.llm.engine.held_linear import holdable
 from luthier.llm.engine.layer_operations import INT8_MAX
 from luthier.llm.engine.processor import cpu_flags, cpu_line
-from luthier.llm.engine.quantised import quantisable
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.weight_files import WeightFiles
 from luthier.llm.machine_memory import machine_memory
@@ -142,7 +142,7 @@ def load_held(
     _refuse_head(kind, config)
     here, files = on or device(), WeightFiles(folder)
     model = outline(kind, config, dtype=holding.dtype, attn_implementation=_attention(config, longest))
-    if holding.is_in_few_bits and not any(quantisable(model)):
+    if holding.is_in_few_bits and not any(holdable(model)):
         hint = "use mode lora" if holding.bits else "precision=auto"
         raise InputError(f"A {config.model_type} has no linear layers to hold in few bits.", hint=hint)
     if is_explained(model, files, frozenset(_head_names(model))):

@@ -12,7 +12,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from luthier.errors import DivergedError
 from luthier.llm.engine.encoder_model import EncoderModel
 from luthier.llm.engine.row_model import RowModel
 from luthier.records.training import StepMetrics, TrainingPlan, TrainingResult
+from luthier.templates.renderer import Unit, tokens_of
 from luthier.templates.spool import Joined
 from luthier.train.engine.allocator import freed_memory_kept
 from luthier.train.engine.checkpoint import (
@@ -35,12 +37,13 @@ from luthier.train.engine.checkpoint import (
     save_epoch,
 )
 from luthier.train.engine.objectives.choice import make_objective
-from luthier.train.engine.objectives.objective import Objective, Unit, tokens_of
+from luthier.train.engine.objectives.objective import Objective
 from luthier.train.engine.optimizers import make_optimizer, parameter_groups
 from luthier.train.engine.order import Order
 from luthier.train.engine.samples import answer_samples
 from luthier.train.engine.trainable import load_trainable
 from luthier.train.notes import Note, PreparationNote, SampleNote, SavedNote, WarningNote, WeightsNote
+from luthier.train.plan import out_of_memory
 from luthier.train.schedule import rate_factor
 from luthier.train.watch import LossHistory
 
@@ -135,9 +138,28 @@ def train(
 
     Raises:
         DivergedError: several steps in a row had to be left out; the last good state is saved.
+        CapacityError: a step found no memory; the hint says what to lower.
         ConflictError: the checkpoint in the folder belongs to another job.
         InputError: the adapter to go on from does not fit the base.
     """
+    with _memory_named(job.plan):
+        return _train(job, on_step, stop_if_asked, on_note)
+
+
+@contextmanager
+def _memory_named(plan: TrainingPlan) -> Iterator[None]:
+    """Say of what finds no memory what was tried, and what would fit."""
+    try:
+        yield
+    except MemoryError as error:
+        raise out_of_memory(plan, str(error) or "the system gave none") from error
+    except RuntimeError as error:  # torch has an error of its own for a GPU, and none for the processor's memory
+        if "memory" not in str(error).lower():
+            raise
+        raise out_of_memory(plan, str(error).splitlines()[0]) from error
+
+
+def _train(job: TrainingJob, on_step: OnStep, stop_if_asked: Callable[[], None], on_note: OnNote) -> TrainingResult:
     run = _start(job, on_note, stop_if_asked)
     order = Order(len(job.examples), job.plan.resolved)
     while run.progress.step < job.plan.steps and run.progress.stopped_early is None:
@@ -166,12 +188,10 @@ def best_adapter(job: TrainingJob) -> Path:
 
 
 def _start(job: TrainingJob, on_note: OnNote, stop_if_asked: Callable[[], None]) -> _Training:
-    resolved = job.plan.resolved
-    model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
-    fingerprint = _fingerprint(job)
-    objective = make_objective(model, job.plan)
-
+    resolved, fingerprint = job.plan.resolved, _fingerprint(job)
     check_checkpoint(job.folder, fingerprint)
+    model = load_trainable(job.base_folder, resolved, job.labels, job.start_adapter)
+    objective = make_objective(model, job.plan)
 
     def on_progress(what: str, share: float) -> None:
         on_note(PreparationNote(what=what, share=share))
@@ -243,7 +263,7 @@ def _validate_if_due(run: _Training, on_note: OnNote) -> _BatchOutcome | None:
     progress.valid_loss = outcome.loss
     run.history.validation(progress.step, outcome.loss)
     if job.plan.resolved.early_stopping and progress.step < job.plan.steps:
-        progress.stopped_early = run.history.should_stop(job.plan.resolved.early_stopping, 0.0)
+        progress.stopped_early = run.history.should_stop(job.plan.resolved.early_stopping)
     if math.isfinite(outcome.loss) and (progress.best_valid_loss is None or outcome.loss < progress.best_valid_loss):
         save_best(job.folder, run.model.model, job.base_name)
         progress.best_valid_loss, progress.best_step = outcome.loss, progress.step
@@ -302,8 +322,9 @@ def _end_diverged(run: _Training) -> None:
     count = run.progress.left_out_in_a_row
     run.progress.left_out_in_a_row = 0  # a run that goes on looks at the steps behind these
     _save(run)
+    steps = "1 step" if count == 1 else f"{count} steps in a row"
     raise DivergedError(
-        f"{count} steps in a row, up to step {run.progress.step}, had a loss or a gradient that is not finite: "
+        f"{steps}, up to step {run.progress.step}, had a loss or a gradient that is not finite: "
         "training diverged. What was learned before is kept.",
         hint="start again with learning_rate_multiplier=0.3 or precision=float32, or look for broken examples; a run "
         "that is resumed goes on behind these steps",

@@ -17,18 +17,18 @@ class Order:
         self._batch_size = resolved.batch_size
         self._seed = resolved.seed
         self._total = math.ceil(units * resolved.epochs)
-        self._permutations: dict[int, list[int]] = {}
+        self._permutations: dict[int, torch.Tensor] = {}
 
     def batch(self, step: int) -> list[int]:
         """Return the indices of the units of a step (from 0); a batch may span two passes."""
         first = step * self._batch_size
         last = min(first + self._batch_size, max(self._total, first + 1))
-        return [self._permutation(visit // self._units)[visit % self._units] for visit in range(first, last)]
+        return [int(self._permutation(visit // self._units)[visit % self._units]) for visit in range(first, last)]
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> torch.Tensor:
         if epoch not in self._permutations:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            order = torch.randperm(self._units, generator=generator).tolist()
+            order = torch.randperm(self._units, generator=generator)
             # A batch may span two passes; older ones are not asked for again.
             self._permutations = {k: v for k, v in self._permutations.items() if k == epoch - 1} | {epoch: order}
         return self._permutations[epoch]

@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from luthier.errors import InputError, MissingDependencyError, RunStopped, did_you_mean
+from luthier.records.training import StepMetrics
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Outcome = Literal["finished", "stopped", "failed"]
@@ -46,26 +47,7 @@ class Tracker(Protocol):
         """Write out what is left, and how the run ended."""
 
 
-class Measured(Protocol):
-    """The numbers of a step that are tracked; :class:`luthier.records.training.StepMetrics` has them."""
-
-    @property
-    def train_loss(self) -> float | None: ...  # noqa: D102
-    @property
-    def valid_loss(self) -> float | None: ...  # noqa: D102
-    @property
-    def train_metrics(self) -> Mapping[str, float]: ...  # noqa: D102
-    @property
-    def valid_metrics(self) -> Mapping[str, float]: ...  # noqa: D102
-    @property
-    def learning_rate(self) -> float: ...  # noqa: D102
-    @property
-    def gradient_norm(self) -> float | None: ...  # noqa: D102
-    @property
-    def tokens_per_second(self) -> float: ...  # noqa: D102
-
-
-def values_of(metrics: Measured) -> dict[str, float]:
+def values_of(metrics: StepMetrics) -> dict[str, float]:
     """Return a step's numbers by their tags; what was not measured, or is not a finite number, is left out."""
     known = {
         "loss/train": metrics.train_loss,

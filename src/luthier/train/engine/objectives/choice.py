@@ -17,7 +17,7 @@ def make_objective(model: Any, plan: TrainingPlan) -> Objective[Any]:
     resolved, tokens = plan.resolved, plan.resolved.tokens_per_row
     match resolved.method:
         case "supervised" | "raw_text":
-            return Supervised(model, resolved.supervised, plan.shared_prefix, tokens)
+            return Supervised(model, resolved.supervised, tokens)
         case "dpo":
             return Dpo(model, resolved.dpo, tokens)
         case "orpo":

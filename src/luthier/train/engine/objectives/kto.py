@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from luthier.llm.engine.row_model import RowModel
-from luthier.llm.rows import Row, pack
+from luthier.llm.rows import Row
 from luthier.records.objectives import KtoOptions
 from luthier.templates.renderer import TokenizedExample
 from luthier.train.engine.objectives.ids import IdIndex
@@ -49,7 +49,7 @@ class Kto:
         """Return one part per row, after a pass without gradient over the mismatched answers."""
         drift = self._drift(units)
         total = total_weight(unit.weight for unit in units)
-        rows = pack(units, 0, self.tokens_per_row)
+        rows = self.model.pack(units, self.tokens_per_row)
         return [partial(self._part, [units[index] for index in row.examples], row, drift, total) for row in rows]
 
     def _part(self, members: list[TokenizedExample], row: Row, drift: float, total: float) -> PartLoss:
@@ -67,8 +67,7 @@ class Kto:
 
     def _drift(self, units: Sequence[TokenizedExample]) -> float:
         others = [self._others[unit.example_id] for unit in units]
-        groups = [(index,) for index in range(len(others))]
-        now_N = summed_logprobs(self.model, others, groups, self.tokens_per_row)
+        now_N = summed_logprobs(self.model, self.model.pack(others, self.tokens_per_row), len(others))
         return max(0.0, float((now_N - self._of(units)[:, 1]).mean()))
 
     def _of(self, units: Sequence[TokenizedExample]) -> torch.Tensor:

@@ -14,9 +14,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from luthier.templates.renderer import TokenizedExample, TokenizedPair
-
-Unit = TokenizedExample | TokenizedPair
 U = TypeVar("U", contravariant=True)
 OnProgress = Callable[[str, float], None]
 """Hears what is being done and which share of it is done."""
@@ -45,13 +42,6 @@ class Objective(Protocol[U]):
 
     def losses(self, units: Sequence[U], *, training: bool) -> list[Part]:
         """Return the parts of a batch's loss."""
-
-
-def tokens_of(unit: Unit) -> int:
-    """Return a unit's own tokens, as if nothing were shared or padded."""
-    if isinstance(unit, TokenizedPair):
-        return len(unit.chosen.tokens) + len(unit.rejected.tokens)
-    return len(unit.tokens)
 
 
 def total_weight(weights: Iterable[float]) -> float:

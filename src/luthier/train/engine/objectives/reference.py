@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from luthier.llm.engine.row_model import RowModel
-from luthier.llm.rows import pack_groups
+from luthier.llm.rows import Row, pack_groups
 from luthier.templates.renderer import TokenizedExample
 from luthier.train.engine.objectives.objective import OnProgress, sum_by_owner
 
@@ -29,16 +29,11 @@ Answers = tuple[TokenizedExample, TokenizedExample]
 """The two answers of a unit that the reference is asked for. They share a prompt."""
 
 
-def summed_logprobs(
-    model: RowModel, examples: Sequence[TokenizedExample], groups: Sequence[Sequence[int]], tokens_per_row: int
-) -> torch.Tensor:
-    """Return the summed log-probability of each example's targets, (N,), without gradient.
-
-    ``groups`` are indices of examples that share a prompt: it is computed once for them.
-    """
-    sums_N = torch.zeros(len(examples))
+def summed_logprobs(model: RowModel, rows: Iterable[Row], examples: int) -> torch.Tensor:
+    """Return the summed log-probability of the targets of each example in some rows, (N,), without gradient."""
+    sums_N = torch.zeros(examples)
     with torch.no_grad():
-        for row in pack_groups(examples, groups, tokens_per_row):
+        for row in rows:
             found = model.targets(row)
             sums_N[list(row.examples)] = sum_by_owner(found.logprobs_M, row.owners, len(row.examples)).cpu()
     return sums_N
@@ -79,7 +74,7 @@ def load_or_compute(
 def _of_some(model: RowModel, units: Iterable[Answers], tokens_per_row: int) -> torch.Tensor:
     examples = [answer for answers in units for answer in answers]
     groups = [(index, index + 1) for index in range(0, len(examples), 2)]
-    return summed_logprobs(model, examples, groups, tokens_per_row).view(-1, 2)
+    return summed_logprobs(model, pack_groups(examples, groups, tokens_per_row), len(examples)).view(-1, 2)
 
 
 def _load(path: Path, fingerprint: str, units: int) -> tuple[torch.Tensor, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from luthier.llm.engine.row_model import Noise, RowModel
-from luthier.llm.rows import Row, pack
+from luthier.llm.rows import Row
 from luthier.records.objectives import SupervisedOptions
 from luthier.templates.renderer import TokenizedExample
 from luthier.train.engine.noise import example_lengths, neftune
@@ -21,13 +21,11 @@ from luthier.train.engine.objectives.objective import OnProgress, Part, PartLoss
 class Supervised:
     """The weighted mean over all target tokens of a batch: sum w (-log p) / sum w.
 
-    ``prefix`` is how many first tokens all examples share. ``token_accuracy`` counts targets that the model would
-    choose itself.
+    ``token_accuracy`` counts targets that the model would choose itself.
     """
 
     model: RowModel
     options: SupervisedOptions
-    prefix: int
     tokens_per_row: int
 
     def prepare(
@@ -37,7 +35,7 @@ class Supervised:
 
     def losses(self, units: Sequence[TokenizedExample], *, training: bool) -> list[Part]:
         """Return one part per row."""
-        rows = pack(units, self.prefix, self.tokens_per_row)
+        rows = self.model.pack(units, self.tokens_per_row)
         total = total_weight(weight for row in rows for weight in row.weights)
         noise = self._noise if training and self.options.neftune_alpha else None
         smoothing = self.options.label_smoothing if training else 0.0
