@@ -144,7 +144,7 @@ def test_a_step_without_memory_says_what_would_fit(tiny_base: Path, tmp_path: Pa
     def no_memory(metrics: StepMetrics) -> None:
         raise MemoryError("no memory for attend")
 
-    with pytest.raises(CapacityError, match="A step of 1,024 tokens ran out of memory: no memory for attend") as ended:
+    with pytest.raises(CapacityError, match="out of memory, in rows of 1,024 tokens: no memory for attend") as ended:
         train(make_job(tiny_base, tmp_path), no_memory, lambda: None)
     assert "memory" in (ended.value.hint or "")
 

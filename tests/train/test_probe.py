@@ -21,7 +21,7 @@ from luthier.records.training import TrainingConfig
 from luthier.templates.renderer import RenderReport, TokenizedExample
 from luthier.train.engine.loop import TrainingJob
 from luthier.train.engine.probe import _longest, measured_plan
-from luthier.train.plan import Material, plan_training, with_measured
+from luthier.train.plan import Material, plan_training, rows_of, with_measured
 from luthier.workflows.models import shape
 
 
@@ -101,7 +101,10 @@ def test_steps_that_the_system_kills_do_not_fit(tiny_base: Path, tmp_path: Path)
 
 def test_what_a_user_has_chosen_is_not_made_smaller(tiny_base: Path, tmp_path: Path) -> None:
     job = make_job(tiny_base, tmp_path, tokens_per_row=1024, recompute=False)
-    with each_child(kill_the_first) as killed, pytest.raises(CapacityError, match=r"1,024 tokens.*out of memory"):
+    with (
+        each_child(kill_the_first) as killed,
+        pytest.raises(CapacityError, match=r"out of memory, in rows of 1,024 tokens"),
+    ):
         measured_plan(job, TrainingConfig(tokens_per_row=1024, recompute=False), MACHINE)
     assert killed == [0]
 
@@ -132,3 +135,11 @@ def test_the_longest_steps_are_those_of_every_side(tiny_base: Path, tmp_path: Pa
     assert _longest(job)[0].example_id == "long"
     in_test = replace(job_with(tiny_base, tmp_path, []), test=(long_example(90),))
     assert _longest(in_test)[0].example_id == "long"
+
+
+def test_steps_are_measured_in_full_rows_however_much_the_longest_units_share(tiny_base: Path, tmp_path: Path) -> None:
+    job = make_job(tiny_base, tmp_path, tokens_per_row=64)
+    long = TokenizedExample("long", list(range(1, 41)), [False] * 30 + [True] * 10)
+    copies = [replace(long, example_id=str(i)) for i in range(6)]
+    found = _longest(replace(job, examples=[*job.examples, *copies]))
+    assert sum(len(row.tokens) for row in rows_of(found, job.plan)) >= 64

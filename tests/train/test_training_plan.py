@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from luthier.errors import CapacityError, InputError
+from luthier.llm.rows import pack
 from luthier.records.base_model import Machine, ModelShape
 from luthier.records.objectives import KtoOptions
 from luthier.records.training import Measured, TrainingConfig, TrainingPlan
@@ -279,10 +283,13 @@ def test_validations_sample_answers_and_the_test_are_in_the_time() -> None:
     full = replace(bare, validation=examples(8), test=examples(16), sample_prompts=[30, 50], sample_tokens=10)
     without, found = (plan_training(material, config, SHAPE, MACHINE) for material in (bare, full))
     assert without.forward_tokens == 0
-    one = computed_tokens(full.validation, found.resolved, share=True)  # batch by batch
+
+    def computed(side: Sequence[Any]) -> int:
+        return sum(len(row.tokens) for row in pack(side, 4, found.resolved.tokens_per_row))  # a whole side at once
+
     assert passes(found) == {
-        "validation": 4 * one,
-        "test": computed_tokens(full.test, found.resolved, share=True),
+        "validation": 4 * computed(full.validation),
+        "test": computed(full.test),
         "sample answers": 4 * (80 + 2 * 10),
     }
     assert found.forward_tokens == sum(passes(found).values())
@@ -303,7 +310,17 @@ def test_the_drift_of_thumbs_is_in_the_time() -> None:
     thumbs = [replace(example, label=float(i % 2)) for i, example in enumerate(examples(20))]
     plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
     learned = plan.computed_tokens_per_epoch
-    assert passes(plan) == {"reference": 2 * learned, "drift": int(plan.resolved.epochs) * learned}
+    asked = sum(len(thumb.tokens) + sum(thumb.loss_mask) for thumb in thumbs)  # each prompt once, for two answers
+    assert passes(plan) == {"reference": asked, "drift": int(plan.resolved.epochs) * learned}
+
+
+def test_neighbours_that_share_more_than_others_do_not_make_a_plan_shorter() -> None:
+    some = examples(16)
+    copies = [replace(one, example_id=f"{one.example_id}-{i}") for one in some for i in range(8)]
+    resolved = make_plan(16, batch_size=8).resolved
+    shuffled = random.Random(0).sample(copies, len(copies))
+    found, expected = (computed_tokens(units, resolved, share=True) for units in (copies, shuffled))
+    assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_measured_steps_of_thumbs_have_their_drift_in_them() -> None:
@@ -311,8 +328,9 @@ def test_measured_steps_of_thumbs_have_their_drift_in_them() -> None:
     plan = plan_training(Material(thumbs, [], RenderReport()), TrainingConfig(method="kto"), SHAPE, MACHINE)
     learned = plan.computed_tokens_per_epoch
     found = with_measured(plan, Measured(tokens=learned, seconds=150.0, peak_bytes=10**9))
-    # Of 150 seconds a pass 100 are steps and 50 the drift; the reference, of two answers, takes 100 once.
-    assert found.seconds == pytest.approx(SECONDS_TO_START + 150 * plan.resolved.epochs + 100, rel=1e-3)
+    # Of 150 seconds a pass 100 are steps and 50 the drift: a token that is not learned takes half of one that is.
+    reference = 50 * passes(plan)["reference"] / learned
+    assert found.seconds == pytest.approx(SECONDS_TO_START + 150 * plan.resolved.epochs + reference, rel=1e-3)
 
 
 def test_thumbs_share_what_their_prompts_share() -> None:

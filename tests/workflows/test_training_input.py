@@ -381,7 +381,6 @@ def test_prompts_are_drawn_from_a_whole_side_without_holding_it() -> None:
         ({"base_bits": 8}, "base_bits"),
         ({"method": "classification", "too_long": "drop"}, "too_long"),
         ({"method": "kto", "equal_answers": "drop"}, "equal_answers"),
-        ({"method": "raw_text", "empty_mask": "drop"}, "empty_mask"),
     ],
 )
 def test_options_that_would_do_nothing(options: dict[str, Any], name: str) -> None:

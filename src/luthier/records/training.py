@@ -39,7 +39,6 @@ METHODS_OF: dict[str, frozenset[Method]] = {
     "too_long": METHODS
     - {"raw_text", "classification", "regression"},  # these cut documents into pieces, and texts off
     "missing_end_of_turn": METHODS - {"raw_text", "classification", "regression"},
-    "empty_mask": METHODS - {"raw_text"},
 }
 MODES_OF: dict[str, frozenset[Mode]] = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout", "lora_layers"), ADAPTERS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -146,7 +147,7 @@ def out_of_memory(plan: TrainingPlan, detail: str) -> CapacityError:
     """Return the error of steps that found no memory, with what would make them fit, whatever the plan had thought."""
     over = max(plan.memory_bytes, int(plan.machine_memory_bytes * SURELY_OVER))
     return CapacityError(
-        f"A step of {plan.resolved.tokens_per_row:,} tokens ran out of memory: {detail}",
+        f"Training ran out of memory, in rows of {plan.resolved.tokens_per_row:,} tokens: {detail}",
         hint=_hint(plan.model_copy(update={"memory_bytes": over})),
     )
 
@@ -167,17 +168,21 @@ def _hint(plan: TrainingPlan) -> str:
     if ways:
         return ", or ".join(ways[:3])
     least, largest = least_need(plan, plan.shape), largest_base(plan, plan.shape)
-    smaller = f"a base model of less than {largest / 1e9:.2g} billion parameters, or " if largest > 1e7 else ""
+    base = f"a base model of less than {largest / 1e9:.2g} billion parameters, or " if largest > 1e7 else ""
     return (
         f"no option makes it fit: it needs {least / 1e9:.1f} GB at least, with a base in 4 bits and the shortest rows; "
-        f"take {smaller}a machine with more memory"
+        f"take {base}a machine with more memory"
     )
 
 
 def computed_tokens(units: Sequence[Unit], resolved: Resolved, *, share: bool) -> int:
-    """Return how many tokens go through the model for these units, packed batch by batch."""
-    batches = (units[first : first + resolved.batch_size] for first in range(0, len(units), resolved.batch_size))
-    return sum(len(row.tokens) for batch in batches for row in _rows(batch, resolved, share=share))
+    """Return how many tokens go through the model for these units, packed batch by batch.
+
+    Training shuffles, and neighbours may share more than others do: here a batch is of units far from each other.
+    """
+    batches = math.ceil(len(units) / resolved.batch_size)
+    spread = ([units[i] for i in range(first, len(units), batches)] for first in range(batches))
+    return sum(_in_rows(batch, resolved, share=share) for batch in spread)
 
 
 def rows_of(batch: Sequence[Unit], plan: TrainingPlan) -> list[Row]:
@@ -190,12 +195,14 @@ def _takes_rows(resolved: Resolved, shape: ModelShape) -> bool:
 
 
 def _rows(batch: Sequence[Unit], resolved: Resolved, *, share: bool) -> list[Row]:
-    pairs = [unit for unit in batch if isinstance(unit, TokenizedPair)]
-    if not pairs:
-        examples = [unit for unit in batch if isinstance(unit, TokenizedExample)]
-        return pack(examples, shared_prefix(examples) if share else 0, resolved.tokens_per_row)
-    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    return pack_groups(sides, [(2 * i, 2 * i + 1) for i in range(len(pairs))], resolved.tokens_per_row)
+    sides = [side for unit in batch for side in sides_of(unit)]
+    if share and len(sides) > len(batch):  # pairs
+        return pack_groups(sides, [(2 * i, 2 * i + 1) for i in range(len(batch))], resolved.tokens_per_row)
+    return pack(sides, shared_prefix(sides) if share else 0, resolved.tokens_per_row)
+
+
+def _in_rows(batch: Sequence[Unit], resolved: Resolved, *, share: bool) -> int:
+    return sum(len(row.tokens) for row in _rows(batch, resolved, share=share))
 
 
 @dataclass(frozen=True)
@@ -237,7 +244,7 @@ def _forward_passes(
         return _ForwardPass(int(tokens), Derived(name=name, value=f"{int(tokens):,} tokens", reason=reason))
 
     looks = validations(resolved, steps, len(material.examples), epoch_weights=material.epoch_weights)
-    validated, tested = (computed_tokens(side, resolved, share=share) for side in (material.validation, material.test))
+    validated, tested = (_in_rows(side, resolved, share=share) for side in (material.validation, material.test))
     if validated:
         yield passed("validation", looks * validated, f"{looks} times the validation side, forward only")
     if tested:
@@ -246,9 +253,10 @@ def _forward_passes(
         reason = "every answer is asked of the model as it is before its first step"
         yield passed("reference", learned + validated + tested, reason)
     if resolved.method == "kto":
-        once = 2 * (learned + validated + tested)
+        sides = (material.examples, material.validation, material.test)
+        asked = sum(tokens_of(unit) + _loss_tokens(unit) for side in sides for unit in side)
         reason = "every answer, and one to another prompt, is asked of the model as it is before its first step"
-        yield passed("reference", once, reason)
+        yield passed("reference", asked, reason)
         drift = resolved.epochs * learned + looks * validated + tested
         yield passed("drift", drift, "beside each batch, answers to other prompts, forward only")
     prompts = len(material.sample_prompts)

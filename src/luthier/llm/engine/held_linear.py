@@ -1,9 +1,8 @@
 """Linear layers whose frozen weight is held in few numbers, by blocks of bits or as integers, for adapters over them.
 
 PEFT takes them for linear layers. What is held is not in ``state_dict``: it is made again from the base's own files
-whenever that is loaded. Merging into such a layer is not possible (PEFT's ``merge`` would add to a weight made for the
-moment):
-merge into the numbers that it stands for (:mod:`luthier.llm.engine.merging`).
+whenever that is loaded. Merging into such a layer is not possible, since PEFT's ``merge`` would add to a weight made
+for the moment: merge into the numbers that it stands for (:mod:`luthier.llm.engine.merging`).
 
 Names end in their dimensions: O outputs, I inputs, T or X anything before them.
 """
@@ -19,11 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from luthier.llm.engine.held_weight import HeldWeight
 
-HEADS = ("lm_head", "score", "classifier")  # the parts of a model that are never held so
+NEVER_HELD = ("lm_head", "score", "classifier")  # parts of a model
 
 
 class HeldLinear(torch.nn.Linear):
-    """A frozen linear layer in few bits. Gradients flow to its input (and its bias), never to its weight.
+    """A linear layer whose weight is held frozen. Gradients flow to its input (and its bias), never to its weight.
 
     ``held`` is that weight. ``weight_dtype`` is the number type in which ``weight`` is given; products are
     computed in that of the input, or of autocast where that is on.
@@ -97,7 +96,7 @@ def holdable(model: torch.nn.Module) -> Iterator[str]:
         if (
             type(module) is torch.nn.Linear
             and numbered
-            and set(HEADS).isdisjoint(parts)
+            and set(NEVER_HELD).isdisjoint(parts)
             and owners[id(module.weight)] == 1
         ):
             yield name

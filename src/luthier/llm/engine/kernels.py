@@ -45,7 +45,7 @@ def find_kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         try:
             found = _load([*compiler.split(), *FLAGS, *flags, f"-DNUMBER_BITS={BITS[dtype]}"])
             if flags != FLAG_SETS[0]:
-                log.info("the kernels for training are made with %r alone: they are slower", " ".join(flags))
+                log.info("the kernels for training are made without %s: they are slower", " ".join(FLAG_SETS[0]))
             return found
         except (OSError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or error

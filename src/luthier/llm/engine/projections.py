@@ -28,7 +28,7 @@ from luthier.llm.engine.layer_operations import Adapter, LayerOperations
 class _Part:
     """One linear layer: its rows of the outputs, and its adapter where it has one."""
 
-    linear: Any  # a torch.nn.Linear, quantised or not
+    linear: Any  # a torch.nn.Linear, held or not
     outputs: slice
     adapter: Adapter | None = None
 
@@ -66,7 +66,7 @@ class Projection:
         return y_TO, low_TR
 
     def low(self, x_TI: torch.Tensor) -> torch.Tensor | None:
-        """Return x A' (T, R) alone, None without adapters: the large product is not made."""
+        """Return x A' (T, R) alone, None without adapters: of the outputs only the adapters' small part is made."""
         return self._do.adapt(x_TI, self._adapters, self._weight.shape[0])[1] if self._adapters else None
 
     def backward(
@@ -127,7 +127,7 @@ def _parts(layers: Sequence[Any]) -> Iterator[_Part]:
 
 
 def _is_trained(linear: torch.nn.Linear) -> bool:
-    # To ask a quantised layer for its weight would restore it.
+    # To ask a held layer for its weight would make it whole.
     return not isinstance(linear, HeldLinear) and linear.weight.requires_grad
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import resource
 import sys
 import time
@@ -49,6 +50,7 @@ from luthier.train.watch import LossHistory
 
 LEFT_OUT_IN_A_ROW = 3  # so many steps without finite numbers end a run: one may be a broken example's fault
 CHECKPOINT_SECONDS = 600.0
+NO_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)  # as torch's allocators say it
 
 OnStep = Callable[[StepMetrics], None]
 OnNote = Callable[[Note], None]
@@ -154,7 +156,7 @@ def _memory_named(plan: TrainingPlan) -> Iterator[None]:
     except MemoryError as error:
         raise out_of_memory(plan, str(error) or "the system gave none") from error
     except RuntimeError as error:  # torch has an error of its own for a GPU, and none for the processor's memory
-        if "memory" not in str(error).lower():
+        if not NO_MEMORY.search(str(error)):
             raise
         raise out_of_memory(plan, str(error).splitlines()[0]) from error
 

@@ -126,11 +126,9 @@ def _measure(job: TrainingJob) -> Measured:
 def _longest(job: TrainingJob) -> Sequence[Unit]:
     """Return the longest units of all sides that fill a row, at most a batch of them."""
     found: list[Unit] = []
-    tokens = 0
     sides = chain(job.examples, job.validation, job.test)
     for unit in heapq.nlargest(job.plan.resolved.batch_size, sides, key=tokens_of):
-        if found and tokens >= job.plan.resolved.tokens_per_row:
-            break
         found.append(unit)
-        tokens += tokens_of(unit) - job.plan.shared_prefix
+        if sum(len(row.tokens) for row in rows_of(found, job.plan)) >= job.plan.resolved.tokens_per_row:
+            break
     return found
