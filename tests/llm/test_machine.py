@@ -22,7 +22,7 @@ def _measure_again() -> Iterator[None]:
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, flags: str, float32: float, bfloat16: float) -> None:
-    rates = {torch.float32: float32, torch.bfloat16: bfloat16, torch.int8: 4 * float32}
+    rates = {torch.float32: float32, torch.bfloat16: bfloat16, torch.int16: 2 * float32, torch.int8: 4 * float32}
     monkeypatch.setattr(torch_model, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch_model, "cpu_flags", lambda: flags)
     monkeypatch.setattr(torch_model, "_matmul_flops", lambda here, probe, *dtypes: [rates[dtype] for dtype in dtypes])
@@ -43,7 +43,7 @@ def test_bfloat16_is_fast_where_the_processor_has_it_and_is_seen_to_be(
     machine = torch_model.measure_machine()
     assert machine.has_fast_bfloat16 == fast
     assert machine.matmul_flops == (bfloat16 if fast else float32)
-    assert machine.int8_speed == 4.0
+    assert machine.int8_speed == pytest.approx(2 / (1 / 2 + 1 / 4))
 
 
 def test_a_processor_whose_integers_overflow_does_not_multiply_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ def test_layers_of_which_some_have_adapters_go_to_torch(native: NativeOperations
         assert_close(low, exact_low, dtype)
 
 
-VARIANTS = ["-mno-avx512bf16", "-mno-avx512f", "-fno-openmp"]
+INTEGER_TESTS = str(Path(__file__).with_name("test_integers.py"))
+VARIANTS = ["-mno-avx512bf16 -mno-avx512vnni", "-mno-avx512f", "-mno-avx2 -fno-openmp"]
 
 
 @pytest.mark.skipif(find_kernels(torch.float32) is None, reason="no C compiler here")
@@ -208,9 +209,9 @@ def test_processors_with_fewer_instructions_get_the_same(variant: str, tmp_path:
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" {variant}\n')
     compiler.chmod(0o755)
     environment = {**os.environ, "CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__, INTEGER_TESTS]
     done = subprocess.run(
-        [*command, "-k", "test_adapters or test_attention"],
+        [*command, "-k", "test_adapters or test_attention or products_of_16_bits"],
         env=environment,
         capture_output=True,
         text=True,

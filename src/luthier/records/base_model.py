@@ -75,7 +75,7 @@ class Machine(Record):
     ``memory_bytes`` is what a run may hold on the device that it computes on, ``main_memory_bytes`` what it may hold
     beside a GPU (None: they are the same memory). ``bfloat16_speed`` is how many times as fast a processor's bfloat16
     products are as its float32 ones (None: it has no instructions for them, or it is a GPU), ``int8_speed`` the same of
-    products of 8-bit integers (None: they are not exact there, or not to be had).
+    products as ``precision=int8`` makes them, in integers (None: they are not exact there, or not to be had).
     """
 
     cores: int = Field(ge=1)

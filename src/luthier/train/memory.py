@@ -28,6 +28,7 @@ UNFUSED_DORA = (22.0, 8.0)
 DORA_BYTES = 2  # of a weight that DoRA keeps of each weight, beside another one in the run's numbers
 FILE_BYTES = 1e9  # see luthier.llm.engine.weight_files
 ENGINE_BYTES = 0.5e9  # a server beside its weights
+INTEGER_BYTES = 3  # of a number that is held as integers: 16 bits, and 8 for gradients
 SUM_BYTES = 4  # of a product's sums of integers, beside the numbers that they become
 LEAST_ROW = 64
 
@@ -109,7 +110,7 @@ def _weights(resolved: Resolved, shape: ModelShape, number: int) -> float:
         held += linear * (number + DORA_BYTES)
     if resolved.precision == "int8":
         head = shape.vocabulary * shape.width if product(resolved.method) == "generator" else 0
-        return held + linear + head  # the embeddings of a head stay whole beside it
+        return held + INTEGER_BYTES * (linear + head)  # the embeddings of a head stay whole beside it
     if resolved.mode != "qlora":
         return held + linear * number
     # Gate and up are made whole together where they are multiplied, by way of float32.

@@ -1,5 +1,6 @@
 /* The small operations of a decoder layer, each in one pass over its numbers: norms, the gate, rotation, attention,
- * low-rank adapters; what products of integers need before and behind them; and the softmax over the vocabulary.
+ * low-rank adapters; products of integers of 16 bits, and what those of 8 need before and behind them; and the softmax
+ * over the vocabulary.
  *
  * On a processor a training step spends half of its time outside of the large matrix products: torch makes each of
  * these of a dozen calls, and each call reads and writes everything. Here a row of numbers stays in the processor's
@@ -8,7 +9,7 @@
  * in float32; threads take fixed shares, so that every run gives the same numbers.
  *
  * Every function returns 0, or 1 where memory is short. NUMBER_BITS is 16 for bfloat16 and 32 for float; INT8_MOST,
- * FINER and LEAST are those of `layer_operations.py`. Widths are multiples of LANES. T tokens, I inputs, O outputs, R
+ * INT16_MOST, INT16_NORM, FINER and LEAST are those of `layer_operations.py`. Widths are multiples of LANES. T tokens, I inputs, O outputs, R
  * ranks, E width, F half of the gate's outputs, C heads of all kinds (queries first, then keys, then values), D head
  * width, P prefix, S keys.
  */
@@ -17,7 +18,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -728,50 +729,10 @@ int attend_backward(number *dqkv, float *sums, const number *dout, const number 
     return failed;
 }
 
-/* What products of 8-bit integers need before and behind them. A row of numbers is turned by a Walsh-Hadamard transform
- * in blocks, so that no number of it is far larger than the others; blocks are a power of two, and 1 turns nothing. */
-#if defined(__clang__)
-#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#else
-#define SHUFFLED(x, ...) __builtin_shuffle(x, (integers){__VA_ARGS__})
-#endif
-#define ALTERNATING(H) \
-    { 1, 1 & H ? -1 : 1, 2 & H ? -1 : 1, 3 & H ? -1 : 1, 4 & H ? -1 : 1, 5 & H ? -1 : 1, 6 & H ? -1 : 1, \
-      7 & H ? -1 : 1, 8 & H ? -1 : 1, 9 & H ? -1 : 1, 10 & H ? -1 : 1, 11 & H ? -1 : 1, 12 & H ? -1 : 1, \
-      13 & H ? -1 : 1, 14 & H ? -1 : 1, 15 & H ? -1 : 1 }
-#define BUTTERFLY(x, H) \
-    (x * (vector)ALTERNATING(H) + SHUFFLED(x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H, 4 ^ H, 5 ^ H, 6 ^ H, 7 ^ H, 8 ^ H, 9 ^ H, \
-                                           10 ^ H, 11 ^ H, 12 ^ H, 13 ^ H, 14 ^ H, 15 ^ H))
-
-INLINE vector turned_within(vector x)
-{
-    x = BUTTERFLY(x, 1);
-    x = BUTTERFLY(x, 2);
-    x = BUTTERFLY(x, 4);
-    return BUTTERFLY(x, 8);
-}
-
-/* The stages of the transform between vectors, without its factor of 1 / sqrt(block). */
-INLINE void turn(float *row, int64_t width, int64_t block)
-{
-    int64_t step = LANES;
-    for (; 4 * step <= block; step *= 4)
-        for (int64_t first = 0; first < width; first += 4 * step)
-            for (float *at = row + first; at < row + first + step; at += LANES) {
-                vector a = load(at), b = load(at + step), c = load(at + 2 * step), d = load(at + 3 * step);
-                vector ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
-                store(at, ab + cd), store(at + step, a_b + c_d);
-                store(at + 2 * step, ab - cd), store(at + 3 * step, a_b - c_d);
-            }
-    if (step < block)
-        for (int64_t first = 0; first < width; first += 2 * step)
-            for (float *at = row + first; at < row + first + step; at += LANES) {
-                vector a = load(at), b = load(at + step);
-                store(at, a + b), store(at + step, a - b);
-            }
-}
-
+/* Products of integers. A row of numbers becomes integers and a scale, such that each times the scale is the number;
+ * what is not finite makes the scale NaN. */
 typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 
 /* Rounds by adding a number that leaves no bits behind the point. */
 INLINE integers nearest(vector x) { return (integers)(x + 12582912.0f) - (integers)all(12582912.0f); }
@@ -782,82 +743,212 @@ INLINE void write_bytes(int8_t *to, integers values)
     memcpy(to, &found, sizeof found);
 }
 
-/* Each row (T, W) [times a factor for each column], turned, as integers up to INT8_MOST and the row's scale. What is
- * not finite makes the scale NaN. `fine`, where it is not NULL, gets what rounding leaves, in FINER parts of the scale.
- */
-int to_integers(int8_t *codes, int8_t *fine, float *scales, const number *x, const float *times, int64_t tokens,
-                int64_t width, int64_t block, int threads)
+INLINE void write_shorts(int16_t *to, integers values)
+{
+    shorts found = __builtin_convertvector(values, shorts);
+    memcpy(to, &found, sizeof found);
+}
+
+/* A row's numbers [times a factor for each column], and the greatest magnitude among them; NaN in `broken` where one is
+ * not finite, else 0. */
+INLINE float widest(float *row, const number *x, const float *times, int64_t width, float *broken)
+{
+    vector most = all(LEAST), wrong = {0};
+    for (int64_t i = 0; i < width; i += LANES) {
+        vector values = read(x + i);
+        if (times) values *= load(times + i);
+        store(row + i, values);
+        most = larger((vector)((integers)values & 0x7fffffff), most);
+        wrong += values * 0.0f;
+    }
+    *broken = sum(wrong);
+    return largest(most);
+}
+
+/* Each row (T, W) [times factors] as integers up to INT8_MOST. `fine`, where it is not NULL, gets what rounding leaves,
+ * in FINER parts of the scale. */
+int to_int8(int8_t *codes, int8_t *fine, float *scales, const number *x, const float *times, int64_t tokens,
+            int64_t width, int threads)
 {
     float *memory = malloc(sizeof(float) * (size_t)(threads * width));
     if (!memory) return 1;
-    float factor = 1.0f / sqrtf((float)block);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *row = memory + THREAD * width;
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            for (int64_t i = 0; i < width; i += LANES) {
-                vector values = read(x + t * width + i);
-                if (times) values *= load(times + i);
-                store(row + i, block > 1 ? turned_within(values) : values);
-            }
-            turn(row, width, block);
-            vector most = all(LEAST), broken = {0};
-            for (int64_t i = 0; i < width; i += LANES) {
-                vector values = load(row + i);
-                most = larger((vector)((integers)values & 0x7fffffff), most);
-                broken += values * 0.0f;
-            }
-            float greatest = largest(most);
-            scales[t] = greatest * factor / INT8_MOST + sum(broken);
-            for (int64_t i = 0; i < width; i += LANES) {
-                vector values = load(row + i) * (INT8_MOST / greatest);
-                integers whole = nearest(values);
-                write_bytes(codes + t * width + i, whole);
-                values -= __builtin_convertvector(whole, vector);
-                if (fine) write_bytes(fine + t * width + i, nearest(values * (float)FINER));
-            }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < tokens; t++) {
+        float broken, *row = memory + THREAD * width;
+        float most = widest(row, x + t * width, times, width, &broken);
+        scales[t] = most / INT8_MOST + broken;
+        for (int64_t i = 0; i < width; i += LANES) {
+            vector values = load(row + i) * (INT8_MOST / most);
+            integers whole = nearest(values);
+            write_bytes(codes + t * width + i, whole);
+            values -= __builtin_convertvector(whole, vector);
+            if (fine) write_bytes(fine + t * width + i, nearest(values * (float)FINER));
         }
     }
     free(memory);
     return 0;
 }
 
-/* Sums of products of integers (T, W): each row times its scale [and a factor for each column], turned, is numbers. */
-typedef struct {
-    const float *scales, *times;
-    int64_t block;
-} meaning;
-
-/* One row of them [, added to `to`]; `row` is scratch. Without `add` the sums may lie where the numbers go. */
-INLINE void numbers_of(float *row, number *to, const int32_t *sums, meaning of, int64_t t, int64_t width, int add)
+/* Each row (T, W) as integers up to INT16_MOST whose squares add up to no more than that of INT16_NORM. */
+int to_int16(int16_t *codes, float *scales, const number *x, int64_t tokens, int64_t width, int threads)
 {
-    vector scale = all(of.scales[t] / sqrtf((float)of.block));
+    float *memory = malloc(sizeof(float) * (size_t)(threads * width));
+    if (!memory) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < tokens; t++) {
+        float broken, *row = memory + THREAD * width;
+        float most = widest(row, x + t * width, NULL, width, &broken);
+        vector squares = {0};
+        for (int64_t i = 0; i < width; i += LANES) {
+            vector values = load(row + i) * (1.0f / most);
+            squares += values * values;
+        }
+        float by_norm = sqrtf(sum(squares)) / INT16_NORM, by_most = 1.0f / INT16_MOST;
+        float scale = most * (by_norm > by_most ? by_norm : by_most);
+        scales[t] = scale + broken;
+        for (int64_t i = 0; i < width; i += LANES)
+            write_shorts(codes + t * width + i, nearest(load(row + i) * (1.0f / scale)));
+    }
+    free(memory);
+    return 0;
+}
+
+#define PANEL (TILE_VECTORS * LANES) /* outputs whose weights are laid out together, */
+#define PANEL_ROWS (16 * TILE_ROWS)  /* for so many tokens at a time */
+
+INLINE integers add_pairs(integers sums, integers left, integers right) /* of words: the products of both their halves */
+{
+#if defined(__AVX512VNNI__)
+    return (integers)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)left, (__m512i)right);
+#elif defined(__AVX512BW__)
+    return sums + (integers)_mm512_madd_epi16((__m512i)left, (__m512i)right);
+#elif defined(__AVX2__)
+    __m256i a[2], b[2];
+    memcpy(a, &left, sizeof a), memcpy(b, &right, sizeof b);
+    for (int half = 0; half < 2; half++) a[half] = _mm256_madd_epi16(a[half], b[half]);
+    memcpy(&left, a, sizeof a);
+    return sums + left;
+#else
+    return sums + (left << 16 >> 16) * (right << 16 >> 16) + (left >> 16) * (right >> 16);
+#endif
+}
+
+/* As `tile`: sums (rows, PANEL) = [sums +] x panel, over `words` pairs of the inputs. */
+INLINE void integer_tile(const int rows, int32_t *to, int64_t to_stride, const int16_t *x, int64_t inputs,
+                         const int32_t *panel, int64_t words, int add)
+{
+    integers sums[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < TILE_VECTORS; v++)
+            if (add)
+                memcpy(&sums[r][v], to + r * to_stride + v * LANES, sizeof(integers));
+            else
+                sums[r][v] = (integers){0};
+    for (int64_t k = 0; k < words; k++) {
+        integers right[TILE_VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < TILE_VECTORS; v++) memcpy(&right[v], panel + k * PANEL + v * LANES, sizeof(integers));
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            int32_t word;
+            memcpy(&word, x + r * inputs + 2 * k, sizeof word);
+#pragma GCC unroll 8
+            for (int v = 0; v < TILE_VECTORS; v++)
+                sums[r][v] = add_pairs(sums[r][v], (integers){0} + word, right[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < TILE_VECTORS; v++) memcpy(to + r * to_stride + v * LANES, &sums[r][v], sizeof(integers));
+}
+
+#define INTEGER_TILE(ROWS) \
+    case ROWS: integer_tile(ROWS, to, to_stride, from, inputs, right, words, k > 0); break;
+
+/* sums (rows, PANEL) = x (rows, I) panel; what a tile reads of the panel stays in the nearest cache for all rows. */
+INLINE void multiply_panel(int32_t *sums, int64_t to_stride, const int16_t *x, int64_t inputs, const int32_t *panel,
+                           int64_t rows)
+{
+    for (int64_t k = 0; k < inputs / 2; k += INNER)
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            int64_t words = inputs / 2 - k < INNER ? inputs / 2 - k : INNER;
+            int32_t *to = sums + r * to_stride;
+            const int16_t *from = x + r * inputs + 2 * k;
+            const int32_t *right = panel + k * PANEL;
+            switch (rows - r < TILE_ROWS ? rows - r : TILE_ROWS) {
+                INTEGER_TILE(1) INTEGER_TILE(2) INTEGER_TILE(3) INTEGER_TILE(4)
+#if TILE_ROWS == 6
+                INTEGER_TILE(5) INTEGER_TILE(6)
+#endif
+            }
+        }
+}
+
+/* Weights of some outputs (rows of I) as a right operand: words (I / 2, PANEL), 0 behind the last output. */
+INLINE void lay_out(int32_t *panel, const int16_t *weight, int64_t inputs, int64_t outputs)
+{
+    for (int64_t i = 0; i < inputs; i += 2)
+        for (int64_t o = 0; o < PANEL; o++) {
+            int32_t word = 0;
+            if (o < outputs) memcpy(&word, weight + o * inputs + i, sizeof word);
+            panel[i / 2 * PANEL + o] = word;
+        }
+}
+
+/* sums (T, O) = x (T, I) weight (O, I)', of integers whose sums fit (as those of `to_int16` do); I is even. */
+int multiply_int16(int32_t *sums, const int16_t *x, const int16_t *weight, int64_t tokens, int64_t inputs,
+                   int64_t outputs, int threads)
+{
+    int64_t panel_words = inputs / 2 * PANEL, scratch = PANEL_ROWS * PANEL;
+    int64_t row_blocks = (tokens + PANEL_ROWS - 1) / PANEL_ROWS, panels = (outputs + PANEL - 1) / PANEL;
+    int32_t *memory = malloc(sizeof(int32_t) * (size_t)(threads * (panel_words + scratch)));
+    if (!memory) return 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int32_t *panel = memory + THREAD * (panel_words + scratch), *found = panel + panel_words;
+        int64_t held = -1;
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < panels * row_blocks; unit++) {
+            int64_t t = unit % row_blocks * PANEL_ROWS, rows = tokens - t < PANEL_ROWS ? tokens - t : PANEL_ROWS;
+            int64_t first = unit / row_blocks * PANEL, columns = outputs - first < PANEL ? outputs - first : PANEL;
+            if (held != first) lay_out(panel, weight + first * inputs, inputs, columns);
+            held = first;
+            int32_t *to = sums + t * outputs + first;
+            if (columns == PANEL) {
+                multiply_panel(to, outputs, x + t * inputs, inputs, panel, rows);
+                continue;
+            }
+            multiply_panel(found, PANEL, x + t * inputs, inputs, panel, rows);
+            for (int64_t r = 0; r < rows; r++)
+                memcpy(to + r * outputs, found + r * PANEL, sizeof(int32_t) * (size_t)columns);
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* A row of sums of products of integers, times its scale [and a factor for each column] [, added to `to`]. Without `add`
+ * the sums may lie where the numbers go. */
+INLINE void numbers_of(number *to, const int32_t *sums, float scale, const float *times, int64_t width, int add)
+{
     for (int64_t i = 0; i < width; i += LANES) {
         integers found;
         memcpy(&found, sums + i, sizeof found);
         vector values = __builtin_convertvector(found, vector) * scale;
-        if (of.times) values *= load(of.times + i);
-        if (of.block > 1)
-            store(row + i, turned_within(values));
-        else
-            write(to + i, add ? read(to + i) + values : values);
+        if (times) values *= load(times + i);
+        write(to + i, add ? read(to + i) + values : values);
     }
-    if (of.block == 1) return;
-    turn(row, width, of.block);
-    for (int64_t i = 0; i < width; i += LANES) write(to + i, add ? read(to + i) + load(row + i) : load(row + i));
 }
 
 int from_integers(number *y, const int32_t *sums, const float *scales, const float *times, int64_t tokens,
-                  int64_t width, int64_t block, int64_t add, int threads)
+                  int64_t width, int64_t add, int threads)
 {
-    float *memory = malloc(sizeof(float) * (size_t)(threads * width));
-    if (!memory) return 1;
-    meaning of = {scales, times, block};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < tokens; t++)
-        numbers_of(memory + THREAD * width, y + t * width, sums + t * width, of, t, width, add != 0);
-    free(memory);
+        numbers_of(y + t * width, sums + t * width, scales[t], times, width, add != 0);
     return 0;
 }
 
@@ -920,9 +1011,8 @@ INLINE void settle(number *numbers, narrow *to, const float *sums, int64_t count
  * whose numbers that is added in their place; a tile of them stays in the cache meanwhile. */
 int adapt(number *y, number *low, const number *x, const float *const *down, const float *const *up,
           const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale,
-          const float *scales, const float *times, int64_t block, int threads)
+          const float *scales, const float *times, int threads)
 {
-    meaning of = {scales, times, block};
     int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
     int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
     float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
@@ -952,7 +1042,7 @@ int adapt(number *y, number *low, const number *x, const float *const *down, con
                     inputs, all_ranks, 0);
             settle(low + t * all_ranks, left, sums, rows * all_ranks);
             for (int64_t r = 0; scales && r < rows; r++)
-                numbers_of(out, to + r * outputs, (const int32_t *)(to + r * outputs), of, t + r, outputs, 0);
+                numbers_of(to + r * outputs, (const int32_t *)(to + r * outputs), scales[t + r], times, outputs, 0);
             for (int64_t part = 0, first = 0; part < parts; first = ends[part++])
                 product(IN_PLACE(to, out) + first, outputs, left + part * rank, all_ranks, over_ranks + first, outputs,
                         rows, rank, ends[part] - first, scales != NULL);
@@ -966,9 +1056,8 @@ int adapt(number *y, number *low, const number *x, const float *const *down, con
 /* dlow = dy (scale up), dx = dlow down; with `scales` dx holds sums, as y in `adapt` */
 int adapt_backward(number *dx, number *dlow, const number *dy, const float *const *down, const float *const *up,
                    const int64_t *ends, int64_t parts, int64_t rank, int64_t tokens, int64_t inputs, float scale,
-                   const float *scales, const float *times, int64_t block, int threads)
+                   const float *scales, const float *times, int threads)
 {
-    meaning of = {scales, times, block};
     int64_t outputs = ends[parts - 1], all_ranks = parts * rank;
     int64_t tile_words = ADAPTED * (inputs + outputs + 2 * all_ranks);
     float *memory = malloc(sizeof(float) * (size_t)(inputs * all_ranks + rank * outputs + threads * tile_words));
@@ -1000,7 +1089,7 @@ int adapt_backward(number *dx, number *dlow, const number *dy, const float *cons
                         rows, ends[part] - first, rank, 0);
             settle(dlow + t * all_ranks, left, sums, rows * all_ranks);
             for (int64_t r = 0; scales && r < rows; r++)
-                numbers_of(out, to + r * inputs, (const int32_t *)(to + r * inputs), of, t + r, inputs, 0);
+                numbers_of(to + r * inputs, (const int32_t *)(to + r * inputs), scales[t + r], times, inputs, 0);
             product(IN_PLACE(to, out), inputs, left, all_ranks, over_ranks, inputs, rows, all_ranks, inputs,
                     scales != NULL);
             SETTLE(to, out, rows * inputs);

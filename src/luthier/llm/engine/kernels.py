@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import platformdirs
 import torch
 
-from luthier.llm.engine.layer_operations import FINER, INT8_MAX, LEAST
+from luthier.llm.engine.layer_operations import FINER, INT8_MAX, INT16_MAX, INT16_NORM, LEAST
 from luthier.llm.engine.processor import cpu_flags
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ SOURCE = Path(__file__).with_name("kernels.c")
 BITS = {torch.bfloat16: 16, torch.float32: 32}
 # The threads of torch's own OpenMP are used: the library is linked with none, and finds the one that is loaded.
 FLAG_SETS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-NUMBERS = (f"-DINT8_MOST={INT8_MAX}.0f", f"-DFINER={FINER}", f"-DLEAST={LEAST}f")
+INTEGERS = (f"-DINT8_MOST={INT8_MAX}.0f", f"-DINT16_MOST={INT16_MAX}.0f", f"-DINT16_NORM={INT16_NORM}.0f")
+NUMBERS = (*INTEGERS, f"-DFINER={FINER}", f"-DLEAST={LEAST}f")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-Wno-psabi", *NUMBERS)
 COMPILE_SECONDS = 120
 

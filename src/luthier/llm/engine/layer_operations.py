@@ -17,6 +17,8 @@ from luthier.llm.engine.row_attention import Heads, attend, attend_backward
 from luthier.llm.engine.row_layout import RowLayout
 
 INT8_MAX = 127
+INT16_MAX = 127 * 256 + 127  # each of its two bytes goes to 127
+INT16_NORM = 46_000  # a little below the root of 2**31: rounding may make 400,000 numbers longer
 FINER = 254  # steps of what rounding leaves, in one of integers
 LEAST = 1e-30  # the greatest magnitude that a row of zeros is taken to have
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -41,14 +43,12 @@ class Adapter:
 class IntegerSums:
     """Sums of products of integers, int32 (T, W), and what makes numbers of them.
 
-    A row is multiplied by its scale of ``scales`` (T,), a column by its factor of ``times`` (W,), and blocks are
-    :func:`turned`.
+    A row is multiplied by its scale of ``scales`` (T,), a column by its factor of ``times`` (W,).
     """
 
     sums_TW: torch.Tensor
     scales_T: torch.Tensor
     times_W: torch.Tensor | None = None
-    block: int = 1
 
 
 class LayerOperations:
@@ -144,26 +144,45 @@ class LayerOperations:
             for one in adapters
         ]
 
-    def to_integers(
-        self,
-        x_TI: torch.Tensor,
-        block: int = 1,
-        times_I: torch.Tensor | None = None,
-        fine_TI: torch.Tensor | None = None,
+    def to_int8(
+        self, x_TI: torch.Tensor, times_I: torch.Tensor | None = None, fine_TI: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each row as int8 (T, I) and its scale (T,), in float32, so that their product is the row.
 
-        Each column is multiplied by its factor of ``times`` first, then each block of so many numbers is
-        :func:`turned`. A row's greatest magnitude becomes 127; what is not finite makes its scale NaN. ``fine``, int8
-        too, is overwritten with what rounding leaves, in steps of the scale over :data:`FINER`.
+        Each column is multiplied by its factor of ``times`` first. A row's greatest magnitude becomes 127; what is not
+        finite makes its scale NaN. ``fine``, int8 too, is overwritten with what rounding leaves, in steps of the scale
+        over :data:`FINER`.
         """
-        x_TI = turned(x_TI.float() if times_I is None else x_TI.float() * times_I, block)
-        most_T1 = x_TI.abs().amax(1, keepdim=True).clamp_(min=LEAST)
+        x_TI = x_TI.float() if times_I is None else x_TI.float() * times_I
+        most_T1 = _most(x_TI)
         exact_TI = (x_TI * (INT8_MAX / most_T1)).nan_to_num_(posinf=0.0, neginf=0.0)
         codes_TI = exact_TI.round()
         if fine_TI is not None:
             fine_TI.copy_(exact_TI.sub_(codes_TI).mul_(FINER).round_())
-        return codes_TI.to(torch.int8), most_T1[:, 0] / INT8_MAX + (x_TI * 0).sum(1)
+        return codes_TI.to(torch.int8), most_T1[:, 0] / INT8_MAX + _broken(x_TI)
+
+    def to_int16(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each row as int16 (T, I) and its scale (T,), as :meth:`to_int8` does.
+
+        A row is as long as :data:`INT16_NORM` (or its greatest magnitude is :data:`INT16_MAX`, if that is shorter): the
+        sum of two rows' products is no more than the product of their lengths (Cauchy and Schwarz), and fits 32 bits.
+        """
+        x_TI = x_TI.float()
+        most_T1 = _most(x_TI)
+        length_T1 = torch.linalg.vector_norm(x_TI / most_T1, dim=1, keepdim=True)
+        scale_T1 = most_T1 * (length_T1 / INT16_NORM).clamp_(min=1 / INT16_MAX)
+        codes_TI = (x_TI / scale_T1).nan_to_num_(posinf=0.0, neginf=0.0).round_().to(torch.int16)
+        return codes_TI, scale_T1[:, 0] + _broken(x_TI)
+
+    def multiply_int16(self, sums_TO: torch.Tensor, codes_TI: torch.Tensor, weight_OI: torch.Tensor) -> None:
+        """Write the products x W' of integers of :meth:`to_int16` into ``sums``, int32 (T, O), exactly."""
+        (high_TI, low_TI), (high_OI, low_OI) = _bytes_of(codes_TI), _bytes_of(weight_OI)
+        sums_TO.copy_(
+            torch._int_mm(high_TI, high_OI.T)
+        )  # what goes beyond 32 bits on the way comes back: all is modulo
+        for left_TI, right_OI in ((high_TI, low_OI), (low_TI, high_OI)):
+            sums_TO.mul_(1 if left_TI is low_TI else 256).add_(torch._int_mm(left_TI, right_OI.T))
+        sums_TO.mul_(256).add_(torch._int_mm(low_TI, low_OI.T))
 
     def from_integers(self, y_TW: torch.Tensor, of: IntegerSums, *, add: bool = False) -> None:
         """Write into ``y`` the numbers that sums of products of integers are, or add them there.
@@ -171,9 +190,10 @@ class LayerOperations:
         Without ``add`` the sums may lie in the memory of ``y``.
         """
         found_TW = of.sums_TW * of.scales_T[:, None]
-        found_TW = turned(found_TW if of.times_W is None else found_TW * of.times_W, of.block).to(y_TW.dtype)
+        if of.times_W is not None:
+            found_TW *= of.times_W
         if add:
-            y_TW += found_TW
+            y_TW += found_TW.to(y_TW.dtype)
         else:
             y_TW.copy_(found_TW)
 
@@ -199,24 +219,26 @@ class LayerOperations:
         return attend_backward(dout_THD, out_THD, qkv_TCD, heads, layout)
 
 
-def turned(x_TI: torch.Tensor, block: int) -> torch.Tensor:
-    """Return each block of so many numbers of a row, a power of two, times the Walsh-Hadamard matrix; its own inverse.
-
-    The matrix is orthogonal and spreads a number over its block: outliers, which integers hold badly, go (Ashkboos et
-    al. 2024, arXiv 2404.00456, section 3).
-    """
-    half = 1
-    while half < block:
-        first, second = x_TI.reshape(-1, 2, half).unbind(1)
-        x_TI = torch.stack((first + second, first - second), 1).view(x_TI.shape)
-        half *= 2
-    return x_TI / block**0.5 if block > 1 else x_TI
-
-
 def inverse_rms(x_TE: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Return 1 / rms(x) over the last dimension, (T, 1), in float32."""
     norm_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True, dtype=torch.float32)
     return norm_T1.square_().div_(x_TE.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _most(x_TI: torch.Tensor) -> torch.Tensor:
+    """Return the greatest magnitude of each row, (T, 1)."""
+    return x_TI.abs().amax(1, keepdim=True).clamp_(min=LEAST)
+
+
+def _broken(x_TI: torch.Tensor) -> torch.Tensor:
+    """Return NaN for each row with a number that is not finite, else 0."""
+    return (x_TI * 0).sum(1)
+
+
+def _bytes_of(codes_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int16 as 256 times the first int8 and the second."""
+    high_TI = (codes_TI + 128) >> 8
+    return high_TI.to(torch.int8), (codes_TI - (high_TI << 8)).to(torch.int8)
 
 
 def _down(adapters: Sequence[Adapter], dtype: torch.dtype) -> torch.Tensor:

@@ -27,10 +27,12 @@ TAKES = {
     "rotate": "pppnnnnf",
     "attend": "ppppnnnnnf",
     "attend_backward": "pppppppnnnnnnf",
-    "to_integers": "pppppnnn",
-    "from_integers": "ppppnnnn",
-    "adapt": "pppaaannnnfppn",
-    "adapt_backward": "pppaaannnnfppn",
+    "to_int8": "pppppnn",
+    "to_int16": "pppnn",
+    "multiply_int16": "pppnnn",
+    "from_integers": "ppppnnn",
+    "adapt": "pppaaannnnfpp",
+    "adapt_backward": "pppaaannnnfpp",
     "adapter_gradients": "ppppppannnnf",
     "log_softmax": "ppppnnn",
 }
@@ -148,26 +150,37 @@ class NativeOperations(LayerOperations):
         self._run("adapter_gradients", *given)
         return [(ddown_RI[one.ranks], dup_OR[one.outputs]) for one in adapters]
 
-    def to_integers(
-        self,
-        x_TI: torch.Tensor,
-        block: int = 1,
-        times_I: torch.Tensor | None = None,
-        fine_TI: torch.Tensor | None = None,
+    def to_int8(
+        self, x_TI: torch.Tensor, times_I: torch.Tensor | None = None, fine_TI: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`LayerOperations.to_integers`."""
-        if not self._take(x_TI) or 1 < block < LANES:
-            return super().to_integers(x_TI, block, times_I, fine_TI)
+        """See :meth:`LayerOperations.to_int8`."""
+        if not self._take(x_TI):
+            return super().to_int8(x_TI, times_I, fine_TI)
         codes_TI, scales_T = x_TI.new_empty(x_TI.shape, dtype=torch.int8), torch.empty(len(x_TI))
-        self._run("to_integers", codes_TI, fine_TI, scales_T, x_TI, times_I, *x_TI.shape, block)
+        self._run("to_int8", codes_TI, fine_TI, scales_T, x_TI, times_I, *x_TI.shape)
         return codes_TI, scales_T
+
+    def to_int16(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`LayerOperations.to_int16`."""
+        if not self._take(x_TI):
+            return super().to_int16(x_TI)
+        codes_TI, scales_T = x_TI.new_empty(x_TI.shape, dtype=torch.int16), torch.empty(len(x_TI))
+        self._run("to_int16", codes_TI, scales_T, x_TI, *x_TI.shape)
+        return codes_TI, scales_T
+
+    def multiply_int16(self, sums_TO: torch.Tensor, codes_TI: torch.Tensor, weight_OI: torch.Tensor) -> None:
+        """See :meth:`LayerOperations.multiply_int16`."""
+        if codes_TI.shape[1] % 2:
+            super().multiply_int16(sums_TO, codes_TI, weight_OI)
+            return
+        self._run("multiply_int16", sums_TO, codes_TI, weight_OI, *codes_TI.shape, len(weight_OI))
 
     def from_integers(self, y_TW: torch.Tensor, of: IntegerSums, *, add: bool = False) -> None:
         """See :meth:`LayerOperations.from_integers`."""
-        if not self._take(y_TW) or 1 < of.block < LANES:
+        if not self._take(y_TW):
             super().from_integers(y_TW, of, add=add)
             return
-        self._run("from_integers", y_TW, of.sums_TW, of.scales_T, of.times_W, *y_TW.shape, of.block, int(add))
+        self._run("from_integers", y_TW, of.sums_TW, of.scales_T, of.times_W, *y_TW.shape, int(add))
 
     def attend(
         self, qkv_TCD: torch.Tensor, heads: Heads, layout: RowLayout
@@ -214,7 +227,7 @@ class NativeOperations(LayerOperations):
 
     def _convert(self, base: IntegerSums | None) -> bool:
         """Return whether kernels make numbers of such sums, in their memory."""
-        return base is None or (self._dtype == torch.float32 and base.block not in range(2, LANES))
+        return base is None or self._dtype == torch.float32
 
     def _take(self, *values: torch.Tensor) -> bool:
         return all(v.dtype == self._dtype and v.is_contiguous() and v.shape[-1] % LANES == 0 for v in values)
@@ -258,8 +271,8 @@ def _are_alike(adapters: Sequence[Adapter], outputs: int) -> bool:
     )
 
 
-def _meaning(base: IntegerSums | None) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    return (base.scales_T, base.times_W, base.block) if base else (None, None, 1)
+def _meaning(base: IntegerSums | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (base.scales_T, base.times_W) if base else (None, None)
 
 
 def _weights(adapters: Sequence[Adapter]) -> tuple[Array[Any], Array[Any]]:

@@ -26,6 +26,7 @@ from luthier.llm.base_config import ENCODER_TYPES, UNBOUNDED, context_length, ro
 from luthier.llm.engine.gradual import Holding, fill, hold, is_explained, outline
 from luthier.llm.engine.held_linear import holdable
 from luthier.llm.engine.layer_operations import INT8_MAX
+from luthier.llm.engine.native_operations import operations_for
 from luthier.llm.engine.processor import cpu_flags, cpu_line
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.weight_files import WeightFiles
@@ -283,12 +284,15 @@ def has_exact_integers(here: torch.device) -> bool:
 
 @lru_cache
 def _int8_speed(here: torch.device) -> float | None:
-    """Return how many times as fast products of 8-bit integers are as float32 ones (None: they cannot be had)."""
+    """Return how many times as fast products in integers are as float32 ones (None: they cannot be had).
+
+    Of each weight there is one forward in 16 bits and one back in 8.
+    """
     if not has_exact_integers(here):
         return None
     with _one_thread():
-        rates = _matmul_flops(here, RATIO_PROBE, torch.float32, torch.int8)
-    return rates[1] / rates[0]
+        exact, *rates = _matmul_flops(here, RATIO_PROBE, torch.float32, torch.int16, torch.int8)
+    return len(rates) / sum(exact / rate for rate in rates)
 
 
 @contextmanager
@@ -313,7 +317,15 @@ def _matmul_flops(here: torch.device, probe: _Probe, *dtypes: torch.dtype) -> li
         for index, (left, right) in enumerate(pairs):
             started = time.perf_counter()
             for _ in range(products):
-                found = left @ right.t() if left.dtype.is_floating_point else torch._int_mm(left, right.t())
+                found = _product(left, right)
             float(found[0, 0])  # reading a value waits for the device
             best[index] = max(best[index], 2 * products * size**3 / (time.perf_counter() - started))
     return best
+
+
+def _product(left_TI: torch.Tensor, right_OI: torch.Tensor) -> torch.Tensor:
+    if left_TI.dtype == torch.int16:
+        found_TO = torch.empty(len(left_TI), len(right_OI), dtype=torch.int32)
+        operations_for(torch.float32, left_TI.device).multiply_int16(found_TO, left_TI, right_OI)
+        return found_TO
+    return left_TI @ right_OI.t() if left_TI.dtype.is_floating_point else torch._int_mm(left_TI, right_OI.t())
