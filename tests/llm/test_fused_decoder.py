@@ -15,7 +15,7 @@ from luthier.llm.engine.fused_decoder import can_fuse
 from luthier.llm.engine.gradual import Holding, hold
 from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.row_model import RowModel
-from luthier.llm.rows import pack, pack_groups, shared_prefix
+from luthier.llm.rows import pack, pack_groups
 from luthier.templates.renderer import TokenizedExample
 
 VOCABULARY = 120
@@ -106,7 +106,7 @@ def plain(model: Any, given: list[TokenizedExample]) -> tuple[float, dict[str, A
 @pytest.mark.parametrize("adapt", [lora, lambda model: model], ids=["lora", "full"])
 def test_a_packed_row_gives_the_gradients_of_plain_examples(family: str, adapt: Callable[[Any], Any]) -> None:
     given = examples((12, 5, 11, 30))
-    rows = pack(given, shared_prefix(given), 200)
+    rows = pack(given, 200)
     model = adapt(tiny(family))
     if hasattr(model, "get_base_model") is False:
         model.lm_head.weight.requires_grad_(True)
@@ -116,7 +116,7 @@ def test_a_packed_row_gives_the_gradients_of_plain_examples(family: str, adapt: 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_long_sequences_that_attend_in_pieces_give_the_same(recompute: bool) -> None:
     given = examples((700,), prefix=0, learned=600)
-    rows = pack(given, 0, 1024)
+    rows = pack(given, 1024, share=False)
     found = loss_and_gradients(lora(tiny("llama")), rows, fused=True, recompute=recompute)
     assert_same(found, plain(lora(tiny("llama")), given))
 
@@ -131,7 +131,7 @@ def test_groups_in_one_row_do_not_see_each_other() -> None:
 
 def test_the_unfused_path_gives_the_same_through_transformers_modules() -> None:
     given = examples((12, 5, 11, 30))
-    rows = pack(given, shared_prefix(given), 200)
+    rows = pack(given, 200)
     found = loss_and_gradients(lora(tiny("llama")), rows, fused=False)
     assert_same(found, plain(lora(tiny("llama")), given))
 
@@ -139,7 +139,7 @@ def test_the_unfused_path_gives_the_same_through_transformers_modules() -> None:
 @pytest.mark.parametrize("adapt", [lora, lambda model: lora(model, use_dora=True)], ids=["lora", "dora"])
 def test_layers_that_transformers_computes_again_give_the_same(adapt: Callable[[Any], Any]) -> None:
     given = examples((12, 5, 11, 30))
-    rows = pack(given, shared_prefix(given), 200)
+    rows = pack(given, 200)
     model = adapt(tiny("llama"))
     expected = loss_and_gradients(model, rows, fused=False)
     ran: list[str] = []
@@ -152,7 +152,7 @@ def test_layers_that_transformers_computes_again_give_the_same(adapt: Callable[[
 
 def test_a_quantised_base_gives_the_gradients_of_its_own_weights_restored() -> None:
     given = examples((12, 30))
-    rows = pack(given, shared_prefix(given), 200)
+    rows = pack(given, 200)
 
     def quantised() -> Any:
         model = tiny("llama")
@@ -164,7 +164,7 @@ def test_a_quantised_base_gives_the_gradients_of_its_own_weights_restored() -> N
 
 def test_layers_below_the_lowest_trained_one_get_no_gradient() -> None:
     given = examples((12, 5))
-    rows = pack(given, shared_prefix(given), 200)
+    rows = pack(given, 200)
     model = tiny("llama")
     model.requires_grad_(False)
     model.model.layers[2].requires_grad_(True)
@@ -175,7 +175,7 @@ def test_layers_below_the_lowest_trained_one_get_no_gradient() -> None:
 
 
 def test_attention_of_another_kind_is_refused_and_not_computed_wrongly() -> None:
-    rows = pack(examples((12, 5)), 0, 200)
+    rows = pack(examples((12, 5)), 200, share=False)
     with pytest.raises(InputError, match="has softcap"):
         loss_and_gradients(lora(tiny("gemma2", attn_logit_softcapping=50.0, head_dim=8)), rows, fused=False)
     with pytest.raises(InputError, match="sees 8 tokens back, and an example has 21"):
@@ -193,7 +193,7 @@ def test_what_is_not_known_is_left_to_transformers() -> None:
 
 def test_bfloat16_gives_about_what_float32_gives() -> None:
     given = examples((12, 5, 11, 30), learned=5)
-    rows = pack(given, shared_prefix(given), 200)
+    rows = pack(given, 200)
     low = loss_and_gradients(lora(tiny("llama", torch.bfloat16)), rows, fused=True)
     high = loss_and_gradients(lora(tiny("llama")), rows, fused=True)
     assert low[0] == pytest.approx(high[0], rel=0.01)

@@ -58,7 +58,7 @@ def test_gradients_of_a_packed_row_are_those_of_the_examples_one_by_one(
     def gradient(groups: list[list[TokenizedExample]]) -> torch.Tensor:
         model = load_base(tiny_base, "float32")
         for group in groups:
-            for row in pack(group, shared_prefix(group) if len(group) > 1 else 0, 64):
+            for row in pack(group, 64, share=len(group) > 1):
                 (-RowModel(model).targets(row).logprobs_M.sum()).backward()
         weight = model.model.layers[0].self_attn.q_proj.weight
         assert weight.grad is not None
@@ -69,7 +69,7 @@ def test_gradients_of_a_packed_row_are_those_of_the_examples_one_by_one(
 
 
 def test_rows_hold_every_example_once_and_stay_within_their_length(examples: list[TokenizedExample]) -> None:
-    rows = pack(examples, len(PREFIX), tokens_per_row=14)
+    rows = pack(examples, tokens_per_row=14)
     assert sorted(index for row in rows for index in row.examples) == [0, 1, 2, 3]
     assert all(len(row.tokens) <= 14 for row in rows)
     assert all(row.groups == (Group(len(PREFIX), rest_lengths(examples, row)),) for row in rows)
@@ -81,15 +81,14 @@ def rest_lengths(examples: list[TokenizedExample], row: Row) -> tuple[int, ...]:
 
 def test_an_example_longer_than_a_row_gets_a_row_of_its_own() -> None:
     long, short = example(0, list(range(20, 60)), 1), example(1, [3, 4], 1)
-    assert sorted(row.examples for row in pack([long, short], len(PREFIX), tokens_per_row=16)) == [(0,), (1,)]
+    assert sorted(row.examples for row in pack([long, short], tokens_per_row=16)) == [(0,), (1,)]
 
 
 @given(st.lists(st.lists(st.integers(11, 90), min_size=2, max_size=30), min_size=1, max_size=12), st.integers(8, 80))
 def test_packing_keeps_every_target(rests: list[list[int]], tokens_per_row: int) -> None:
     examples = [example(index, rest, 1 + len(rest) // 2) for index, rest in enumerate(rests)]
-    prefix = shared_prefix(examples)
     packed: dict[int, list[int]] = {}
-    for row in pack(examples, prefix, tokens_per_row):
+    for row in pack(examples, tokens_per_row):
         for owner, (source, token) in zip(row.owners, row.targets, strict=True):
             packed.setdefault(row.examples[owner], []).append(token)
             assert 0 <= source < len(row.tokens)

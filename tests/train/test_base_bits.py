@@ -39,7 +39,7 @@ def adapter_over_four_bits(base: Path, folder: Path) -> tuple[RowModel, Path]:
 
 
 def losses(model: RowModel) -> torch.Tensor:
-    (row,) = pack(units(8, "supervised", first=40), 4, 4096)
+    (row,) = pack(units(8, "supervised", first=40), 4096)
     with torch.no_grad():
         return model.targets(row).logprobs_M
 

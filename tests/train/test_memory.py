@@ -71,7 +71,7 @@ def kept_bytes(folder: Path, resolved: Resolved, tokens: int) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    (row,) = pack([text(tokens)], 0, 4096)
+    (row,) = pack([text(tokens)], 4096, share=False)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model.targets(row).logprobs_M.sum()
     assert loss.requires_grad

@@ -285,7 +285,7 @@ def test_validations_sample_answers_and_the_test_are_in_the_time() -> None:
     assert without.forward_tokens == 0
 
     def computed(side: Sequence[Any]) -> int:
-        return sum(len(row.tokens) for row in pack(side, 4, found.resolved.tokens_per_row))  # a whole side at once
+        return sum(len(row.tokens) for row in pack(side, found.resolved.tokens_per_row))  # a whole side at once
 
     assert passes(found) == {
         "validation": 4 * computed(full.validation),

@@ -66,12 +66,13 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> int:
     return max(0, min(length, limit))
 
 
-def pack(examples: Sequence[TokenizedExample], prefix: int, tokens_per_row: int) -> list[Row]:
-    """Pack examples that all share ``prefix`` tokens into rows of at most ``tokens_per_row`` tokens.
+def pack(examples: Sequence[TokenizedExample], tokens_per_row: int, *, share: bool = True) -> list[Row]:
+    """Pack examples into rows of at most ``tokens_per_row`` tokens; with ``share`` a row has once what all begin with.
 
     An example that is longer gets a row of its own. First fit by decreasing length; the examples' order has no
     influence on the loss of their batch.
     """
+    prefix = shared_prefix(examples) if share else 0
     sizes = [len(example.tokens) - prefix for example in examples]
     bins = _first_fit(sizes, tokens_per_row - prefix)
     return [_row(examples, [(members, prefix)]) for members in bins]

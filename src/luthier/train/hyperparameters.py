@@ -308,7 +308,7 @@ def _precision(config: TrainingConfig, machine: Machine, reasons: Reasons) -> Pr
     reason += "; what is trained, the loss and the optimizer stay float32"
     rival = (machine.bfloat16_speed or 1.0) if value == "bfloat16" else 1.0
     speed = (machine.int8_speed or 0.0) / rival
-    rounded = f"the frozen base {speed:.1f} times as fast as {value}, gradients to 2 to 5 %"
+    rounded = f"the frozen base {speed:.1f} times as fast as {value} (gradients are off by 2 to 5 %)"
     if config.precision == "int8":
         if machine.int8_speed is None:
             raise InputError(NO_INTEGERS.format(where=f"{name} ({machine.device})"), hint="precision=auto")

@@ -198,7 +198,7 @@ def _rows(batch: Sequence[Unit], resolved: Resolved, *, share: bool) -> list[Row
     sides = [side for unit in batch for side in sides_of(unit)]
     if share and len(sides) > len(batch):  # pairs
         return pack_groups(sides, [(2 * i, 2 * i + 1) for i in range(len(batch))], resolved.tokens_per_row)
-    return pack(sides, shared_prefix(sides) if share else 0, resolved.tokens_per_row)
+    return pack(sides, resolved.tokens_per_row, share=share)
 
 
 def _in_rows(batch: Sequence[Unit], resolved: Resolved, *, share: bool) -> int:

@@ -1,10 +1,13 @@
 """Products with frozen weights in integers: forward in 16 bits, and gradients in 8.
 
-Many processors make those twice and four times as fast as float32. A weight W (O, I) is held in both, as integers with
-one scale s for each output: W = diag(s) C. An input becomes integers with one scale for each row, and the product
-x W' = x C' diag(s) is made in int32, exactly. The way back is dy W = (dy diag(s)) C: rounding to 8 bits does little to
-the direction of a whole gradient (Wortsman et al. 2023, arXiv 2304.13013, train with such products too). What is added,
-attended, learned and stepped stays in float32.
+Many processors multiply 16 bits twice, and 8 bits four times as fast as float32. A weight W (O, I) is held in both
+widths, each with its own integers C and one scale s for each output: W = diag(s) C. An input becomes integers with one
+scale for each row, and the product x W' = x C' diag(s) is made in int32. The way back is dy W = (dy diag(s)) C:
+rounding to 8 bits does little to the direction of a whole gradient (Wortsman et al. 2023, arXiv 2304.13013, train with
+such products too). What is added, attended, learned and stepped stays in float32.
+
+Sums are exact. Those of 16 bits fit whatever is multiplied (see ``to_int16``); those of 8 fit for 133,000 of the
+largest numbers, and gradients over larger vocabularies have one large number among many small ones.
 
 Names end in their dimensions: T tokens, I inputs, O outputs.
 """
@@ -20,6 +23,8 @@ from luthier.llm.engine.held_weight import HeldWeight
 from luthier.llm.engine.layer_operations import FINER, Adapter, IntegerSums, LayerOperations
 from luthier.llm.engine.native_operations import operations_for
 
+AT_ONCE = 8192  # rows that become integers: a vocabulary may have hundreds of thousands
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -27,6 +32,16 @@ class Codes:
 
     codes_OI: torch.Tensor
     scales_O: torch.Tensor
+
+    @classmethod
+    def empty(cls, like_OI: torch.Tensor, dtype: torch.dtype) -> Codes:
+        """Return the memory for a matrix of the same shape."""
+        codes_OI = torch.empty(like_OI.shape, dtype=dtype, device=like_OI.device)
+        return cls(codes_OI, torch.empty(len(like_OI), device=like_OI.device))
+
+    def put(self, rows: slice, codes_RI: torch.Tensor, scales_R: torch.Tensor) -> None:
+        """Overwrite some of the rows."""
+        self.codes_OI[rows], self.scales_O[rows] = codes_RI, scales_R
 
     @classmethod
     def stacked(cls, parts: Sequence[Codes]) -> Codes:
@@ -60,10 +75,16 @@ class IntegerWeight(HeldWeight):
     fine: bool = False
 
     @classmethod
-    def of(cls, weight_OI: torch.Tensor, *, fine: bool = False) -> IntegerWeight:
-        """Return a weight matrix as integers."""
-        do, weight_OI = operations_for(torch.float32, weight_OI.device), weight_OI.float().contiguous()
-        return cls(Codes(*do.to_int16(weight_OI)), Codes(*do.to_int8(weight_OI)), fine)
+    def of(cls, weight_OI: torch.Tensor, less_I: torch.Tensor | None = None, *, fine: bool = False) -> IntegerWeight:
+        """Return a weight matrix as integers; ``less`` is taken from each row first."""
+        do = operations_for(torch.float32, weight_OI.device)
+        found = cls(Codes.empty(weight_OI, torch.int16), Codes.empty(weight_OI, torch.int8), fine)
+        for first in range(0, len(weight_OI), AT_ONCE):
+            rows = slice(first, first + AT_ONCE)
+            exact_OI = weight_OI[rows].float() if less_I is None else weight_OI[rows].float() - less_I
+            found.forward.put(rows, *do.to_int16(exact_OI.contiguous()))
+            found.backward.put(rows, *do.to_int8(exact_OI.contiguous()))
+        return found
 
     @classmethod
     def stacked(cls, parts: Sequence[IntegerWeight]) -> IntegerWeight:

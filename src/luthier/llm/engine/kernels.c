@@ -9,16 +9,16 @@
  * in float32; threads take fixed shares, so that every run gives the same numbers.
  *
  * Every function returns 0, or 1 where memory is short. NUMBER_BITS is 16 for bfloat16 and 32 for float; INT8_MOST,
- * INT16_MOST, INT16_NORM, FINER and LEAST are those of `layer_operations.py`. Widths are multiples of LANES. T tokens, I inputs, O outputs, R
- * ranks, E width, F half of the gate's outputs, C heads of all kinds (queries first, then keys, then values), D head
- * width, P prefix, S keys.
+ * INT16_MOST, INT16_NORM, FINER and LEAST are those of `layer_operations.py`. Widths are multiples of LANES. T tokens,
+ * I inputs, O outputs, R ranks, E width, F half of the gate's outputs, C heads of all kinds (queries first, then keys,
+ * then values), D head width, P prefix, S keys.
  */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__) || defined(__AVX2__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -789,7 +789,7 @@ int to_int8(int8_t *codes, int8_t *fine, float *scales, const number *x, const f
     return 0;
 }
 
-/* Each row (T, W) as integers up to INT16_MOST whose squares add up to no more than that of INT16_NORM. */
+/* Each row (T, W) as integers up to INT16_MOST whose squares add up, but for rounding, to that of INT16_NORM or less. */
 int to_int16(int16_t *codes, float *scales, const number *x, int64_t tokens, int64_t width, int threads)
 {
     float *memory = malloc(sizeof(float) * (size_t)(threads * width));
@@ -869,7 +869,7 @@ INLINE void integer_tile(const int rows, int32_t *to, int64_t to_stride, const i
     case ROWS: integer_tile(ROWS, to, to_stride, from, inputs, right, words, k > 0); break;
 
 /* sums (rows, PANEL) = x (rows, I) panel; what a tile reads of the panel stays in the nearest cache for all rows. */
-INLINE void multiply_panel(int32_t *sums, int64_t to_stride, const int16_t *x, int64_t inputs, const int32_t *panel,
+static void multiply_panel(int32_t *sums, int64_t to_stride, const int16_t *x, int64_t inputs, const int32_t *panel,
                            int64_t rows)
 {
     for (int64_t k = 0; k < inputs / 2; k += INNER)

@@ -17,8 +17,8 @@ from luthier.llm.engine.row_attention import Heads, attend, attend_backward
 from luthier.llm.engine.row_layout import RowLayout
 
 INT8_MAX = 127
-INT16_MAX = 127 * 256 + 127  # each of its two bytes goes to 127
-INT16_NORM = 46_000  # a little below the root of 2**31: rounding may make 400,000 numbers longer
+INT16_MAX = 127 * 256 + 127  # the nearest multiple of 256 is 127 of them: its upper byte fits in an int8
+INT16_NORM = 46_000  # below the root of 2**31, with room for what rounding adds to rows of up to 400,000 numbers
 FINER = 254  # steps of what rounding leaves, in one of integers
 LEAST = 1e-30  # the greatest magnitude that a row of zeros is taken to have
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -164,8 +164,9 @@ class LayerOperations:
     def to_int16(self, x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each row as int16 (T, I) and its scale (T,), as :meth:`to_int8` does.
 
-        A row is as long as :data:`INT16_NORM` (or its greatest magnitude is :data:`INT16_MAX`, if that is shorter): the
-        sum of two rows' products is no more than the product of their lengths (Cauchy and Schwarz), and fits 32 bits.
+        Before rounding a row is as long as :data:`INT16_NORM` (shorter where its greatest magnitude would pass
+        :data:`INT16_MAX`): the sum of two rows' products is no more than the product of their lengths (Cauchy and
+        Schwarz), and fits 32 bits.
         """
         x_TI = x_TI.float()
         most_T1 = _most(x_TI)
@@ -177,11 +178,9 @@ class LayerOperations:
     def multiply_int16(self, sums_TO: torch.Tensor, codes_TI: torch.Tensor, weight_OI: torch.Tensor) -> None:
         """Write the products x W' of integers of :meth:`to_int16` into ``sums``, int32 (T, O), exactly."""
         (high_TI, low_TI), (high_OI, low_OI) = _bytes_of(codes_TI), _bytes_of(weight_OI)
-        sums_TO.copy_(
-            torch._int_mm(high_TI, high_OI.T)
-        )  # what goes beyond 32 bits on the way comes back: all is modulo
-        for left_TI, right_OI in ((high_TI, low_OI), (low_TI, high_OI)):
-            sums_TO.mul_(1 if left_TI is low_TI else 256).add_(torch._int_mm(left_TI, right_OI.T))
+        sums_TO.copy_(torch._int_mm(high_TI, high_OI.T)).mul_(256)  # sums wrap at 2**32 on the way; the last one fits
+        sums_TO += torch._int_mm(high_TI, low_OI.T)
+        sums_TO += torch._int_mm(low_TI, high_OI.T)
         sums_TO.mul_(256).add_(torch._int_mm(low_TI, low_OI.T))
 
     def from_integers(self, y_TW: torch.Tensor, of: IntegerSums, *, add: bool = False) -> None:

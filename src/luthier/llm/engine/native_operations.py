@@ -170,10 +170,11 @@ class NativeOperations(LayerOperations):
 
     def multiply_int16(self, sums_TO: torch.Tensor, codes_TI: torch.Tensor, weight_OI: torch.Tensor) -> None:
         """See :meth:`LayerOperations.multiply_int16`."""
-        if codes_TI.shape[1] % 2:
+        given = (sums_TO, codes_TI, weight_OI)
+        if codes_TI.shape[1] % 2 or not all(one.is_contiguous() for one in given):
             super().multiply_int16(sums_TO, codes_TI, weight_OI)
             return
-        self._run("multiply_int16", sums_TO, codes_TI, weight_OI, *codes_TI.shape, len(weight_OI))
+        self._run("multiply_int16", *given, *codes_TI.shape, len(weight_OI))
 
     def from_integers(self, y_TW: torch.Tensor, of: IntegerSums, *, add: bool = False) -> None:
         """See :meth:`LayerOperations.from_integers`."""

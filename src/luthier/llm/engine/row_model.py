@@ -21,7 +21,7 @@ from luthier.llm.engine.row_attention import ATTENTION_NAME
 from luthier.llm.engine.row_layout import RowLayout
 from luthier.llm.engine.target_logprobs import Head, Targets, target_logprobs
 from luthier.llm.engine.text_batches import by_length, padded
-from luthier.llm.rows import Row, pack, places, shared_prefix
+from luthier.llm.rows import Row, pack, places
 from luthier.templates.renderer import TokenizedExample
 
 CHECKED_LENGTHS = (7, 4)
@@ -70,7 +70,7 @@ class RowModel:
         self._one_by_one = same_positions_up_to(config.to_dict()) < UNBOUNDED
         self._head: Head | None = None
         if config.model_type not in ROW_FAMILIES:
-            self._check(CHECK_TOLERANCE if self.dtype == torch.float32 and not integers else ROUGH_TOLERANCE)
+            self._check(CHECK_TOLERANCE if self.dtype == torch.float32 else ROUGH_TOLERANCE)
         if integers and self._inner.get_output_embeddings() is not None:
             self._head = Head.of(self._inner).in_integers()
 
@@ -124,7 +124,7 @@ class RowModel:
 
     def pack(self, examples: Sequence[TokenizedExample], tokens_per_row: int) -> list[Row]:
         """Return examples in rows that suit the model."""
-        return pack(examples, shared_prefix(examples) if self.takes_rows else 0, tokens_per_row)
+        return pack(examples, tokens_per_row, share=self.takes_rows)
 
     def _embedded(self, row: Row, noise: Noise | None) -> torch.Tensor:
         embedded_TE: torch.Tensor = self._embeddings(torch.tensor(row.tokens, device=self.device)).to(self.dtype)
@@ -158,7 +158,8 @@ class RowModel:
             InputError: it disagrees with itself.
         """
         texts = [list(range(length)) for length in CHECKED_LENGTHS]
-        (row,) = pack([TokenizedExample("", text, [True] * len(text)) for text in texts], 0, sum(CHECKED_LENGTHS))
+        whole = [TokenizedExample("", text, [True] * len(text)) for text in texts]
+        (row,) = pack(whole, sum(CHECKED_LENGTHS), share=False)
         writes = self._inner.get_output_embeddings() is not None
         with torch.no_grad():
             found = self.targets(row).logprobs_M if writes else self.hidden(row, range(len(row.tokens)))

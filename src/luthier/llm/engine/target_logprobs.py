@@ -22,7 +22,6 @@ from luthier.llm.engine.integers import IntegerWeight
 from luthier.llm.engine.native_operations import log_softmax_in_place
 
 PIECE_LOGITS = 8_000_000  # numbers that are held at once: as many as a processor's caches and memory take well
-HELD_AT_ONCE = 8192  # rows of a head that become integers: it may have hundreds of thousands
 BYTES_EACH = 12  # of a logit, in float32, with what is made of it
 GPU_SHARE = 64  # on a GPU, that share of its memory is for logits: a product of few targets would leave it idle
 LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -61,9 +60,7 @@ class Head:
         weight_VE = self.linear.weight.detach()
         if self.linear.weight.requires_grad or self.cap:
             return self
-        mean_E = weight_VE.mean(0)
-        parts = [IntegerWeight.of(rows_BE - mean_E, fine=True) for rows_BE in weight_VE.split(HELD_AT_ONCE)]
-        return replace(self, held=IntegerWeight.stacked(parts))
+        return replace(self, held=IntegerWeight.of(weight_VE, weight_VE.mean(0), fine=True))
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ def has_exact_integers(here: torch.device) -> bool:
 def _int8_speed(here: torch.device) -> float | None:
     """Return how many times as fast products in integers are as float32 ones (None: they cannot be had).
 
-    Of each weight there is one forward in 16 bits and one back in 8.
+    Of two products with each weight, one is made forward in 16 bits and one back in 8.
     """
     if not has_exact_integers(here):
         return None
@@ -325,7 +325,7 @@ def _matmul_flops(here: torch.device, probe: _Probe, *dtypes: torch.dtype) -> li
 
 def _product(left_TI: torch.Tensor, right_OI: torch.Tensor) -> torch.Tensor:
     if left_TI.dtype == torch.int16:
-        found_TO = torch.empty(len(left_TI), len(right_OI), dtype=torch.int32)
+        found_TO = left_TI.new_empty(len(left_TI), len(right_OI), dtype=torch.int32)
         operations_for(torch.float32, left_TI.device).multiply_int16(found_TO, left_TI, right_OI)
         return found_TO
     return left_TI @ right_OI.t() if left_TI.dtype.is_floating_point else torch._int_mm(left_TI, right_OI.t())
