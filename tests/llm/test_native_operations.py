@@ -198,7 +198,7 @@ def test_layers_of_which_some_have_adapters_go_to_torch(native: NativeOperations
 
 
 INTEGER_TESTS = str(Path(__file__).with_name("test_integers.py"))
-VARIANTS = ["-mno-avx512bf16 -mno-avx512vnni", "-mno-avx512f", "-mno-avx2 -fno-openmp"]
+VARIANTS = ["-mno-avx512bf16 -mno-avx512vnni", "-mno-avx512f", "-mno-avx2 -fno-openmp"]  # compiled in haste: -O1
 
 
 @pytest.mark.skipif(find_kernels(torch.float32) is None, reason="no C compiler here")
@@ -206,7 +206,7 @@ VARIANTS = ["-mno-avx512bf16 -mno-avx512vnni", "-mno-avx512f", "-mno-avx2 -fno-o
 def test_processors_with_fewer_instructions_get_the_same(variant: str, tmp_path: Path) -> None:
     # Another process: a compiler is asked once. Its wrapper has the last word on the flags.
     compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" {variant}\n')
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" -O1 {variant}\n')
     compiler.chmod(0o755)
     environment = {**os.environ, "CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__, INTEGER_TESTS]
