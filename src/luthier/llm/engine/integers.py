@@ -1,7 +1,7 @@
 """Products with frozen weights in integers: forward in 16 bits, and gradients in 8.
 
-Many processors multiply 16 bits twice, and 8 bits four times as fast as float32. A weight W (O, I) is held in both
-widths, each with its own integers C and one scale s for each output: W = diag(s) C. An input becomes integers with one
+Many processors multiply 16 bits up to twice, and 8 bits up to four times as fast as float32. A weight W (O, I) is held
+in both widths, each with its own integers C and one scale s for each output: W = diag(s) C. An input becomes integers with one
 scale for each row, and the product x W' = x C' diag(s) is made in int32. The way back is dy W = (dy diag(s)) C:
 rounding to 8 bits does little to the direction of a whole gradient (Wortsman et al. 2023, arXiv 2304.13013, train with
 such products too). What is added, attended, learned and stepped stays in float32.
