@@ -1,10 +1,10 @@
 """Products with frozen weights in integers: forward in 16 bits, and gradients in 8.
 
 Many processors multiply 16 bits up to twice, and 8 bits up to four times as fast as float32. A weight W (O, I) is held
-in both widths, each with its own integers C and one scale s for each output: W = diag(s) C. An input becomes integers with one
-scale for each row, and the product x W' = x C' diag(s) is made in int32. The way back is dy W = (dy diag(s)) C:
-rounding to 8 bits does little to the direction of a whole gradient (Wortsman et al. 2023, arXiv 2304.13013, train with
-such products too). What is added, attended, learned and stepped stays in float32.
+in both widths, each with its own integers C and one scale s for each output: W = diag(s) C. An input becomes integers
+with one scale for each row, and the product x W' = x C' diag(s) is made in int32. The way back is dy W = (dy diag(s))
+C: rounding to 8 bits does little to the direction of a whole gradient (Wortsman et al. 2023, arXiv 2304.13013, train
+with such products too). What is added, attended, learned and stepped stays in float32.
 
 Sums are exact. Those of 16 bits fit whatever is multiplied (see ``to_int16``); those of 8 fit for 133,000 of the
 largest numbers, and gradients over larger vocabularies have one large number among many small ones.
