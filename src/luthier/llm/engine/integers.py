@@ -89,10 +89,8 @@ class IntegerWeight(HeldWeight):
     @classmethod
     def stacked(cls, parts: Sequence[IntegerWeight]) -> IntegerWeight:
         """Return weights with the same inputs, one below the other."""
-        forward, backward = (
-            Codes.stacked(codes) for codes in zip(*((p.forward, p.backward) for p in parts), strict=True)
-        )
-        return cls(forward, backward, parts[0].fine)
+        forward, backward = [part.forward for part in parts], [part.backward for part in parts]
+        return cls(Codes.stacked(forward), Codes.stacked(backward), parts[0].fine)
 
     def rows(self, outputs: slice) -> IntegerWeight:
         """Return some of the outputs, as a view."""
